@@ -1,0 +1,41 @@
+"""Post-hoc checkpoint arithmetic for LLM unlearning: θᵤ + α·(θᵤ − θ₀), streamed.
+
+``merge`` writes an extrapolated model, ``plan`` says what that would take, ``inspect``
+measures an update before anything is written, ``verify`` checks a written model. The
+exceptions are those of ``uipe_merge.errors``. Importing the package loads neither torch nor
+transformers.
+"""
+
+from __future__ import annotations
+
+from uipe_merge._version import __version__
+from uipe_merge.api import Verification, inspect, merge, plan, verify
+from uipe_merge.errors import (
+    CorruptInputError,
+    IncompatibleModelsError,
+    NumericError,
+    OutputError,
+    OutputLockedError,
+    RecipeError,
+    UipeMergeError,
+    UnsafeInputError,
+    UsageError,
+)
+
+__all__ = [
+    "CorruptInputError",
+    "IncompatibleModelsError",
+    "NumericError",
+    "OutputError",
+    "OutputLockedError",
+    "RecipeError",
+    "UipeMergeError",
+    "UnsafeInputError",
+    "UsageError",
+    "Verification",
+    "__version__",
+    "inspect",
+    "merge",
+    "plan",
+    "verify",
+]

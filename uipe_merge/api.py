@@ -1,0 +1,199 @@
+"""What a notebook imports, and all that the command line calls.
+
+Heavy imports (numpy, torch) happen in the functions that need them.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from uipe_merge.inspection import Inspection
+    from uipe_merge.job import Job
+    from uipe_merge.progress import Progress
+    from uipe_merge.report import MergeReport
+
+PathLike = str | os.PathLike[str]
+
+
+def plan(
+    original: PathLike,
+    unlearned: PathLike,
+    output: PathLike,
+    *,
+    alpha: float,
+    dtype: str = "auto",
+    max_shard_size: str | int | None = None,
+    overwrite: bool = False,
+) -> Job:
+    """Read headers and decide everything; write nothing. The arguments are ``merge``'s.
+
+    Raises:
+        UipeMergeError: Whatever would keep ``merge`` from beginning, with its exit code.
+    """
+    from uipe_merge import job
+    from uipe_merge.recipe import Recipe, parse_size
+
+    limit = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+    recipe = Recipe(float(alpha), dtype, limit)
+    return job.prepare(original, unlearned, output, recipe, overwrite=overwrite)
+
+
+def merge(
+    original: PathLike,
+    unlearned: PathLike,
+    output: PathLike,
+    *,
+    alpha: float,
+    dtype: str = "auto",
+    max_shard_size: str | int | None = None,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: bool | Progress = True,
+) -> MergeReport:
+    """Write θᵤ + α·(θᵤ − θ₀) as a new model directory.
+
+    The rule is UIPE's (arXiv 2503.04693). Both checkpoints are streamed; memory stays below
+    512 MiB whatever their size. A run that was interrupted is continued by the same call.
+
+    Args:
+        original: Directory of the original checkpoint θ₀.
+        unlearned: Directory of the unlearned checkpoint θᵤ.
+        output: Directory to make. It appears whole, at the very end.
+        alpha: α, dimensionless: 0 gives the unlearned model, −1 the original.
+        dtype: ``auto`` keeps each tensor's dtype in the unlearned checkpoint; ``float32``,
+            ``bfloat16`` or ``float16`` converts.
+        max_shard_size: Largest output shard, in bytes or as ``5GB``; by default the shards
+            of the unlearned checkpoint.
+        overwrite: Replace a model that this tool wrote at ``output``.
+        threads: Threads; by default the processors there are, at most 8. Changes no byte.
+        progress: Show a tqdm bar; or an object to be told of the progress.
+
+    Returns:
+        The report: norms, effective α, and the warnings the user should see.
+
+    Raises:
+        UipeMergeError: See ``uipe_merge.errors`` for the tree. Nothing is left at
+            ``output``; only a partial directory that the same call goes on with.
+    """
+    from uipe_merge import job
+    from uipe_merge.executors import make_executor
+    from uipe_merge.output.filesystem import LocalFileSystem
+
+    prepared = plan(
+        original,
+        unlearned,
+        output,
+        alpha=alpha,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+    )
+    return job.run(prepared, make_executor(threads), LocalFileSystem(), _watcher(progress))
+
+
+def inspect(
+    original: PathLike,
+    unlearned: PathLike,
+    *,
+    alphas: tuple[float, ...] | None = None,
+    dtype: str = "auto",
+    threads: int | None = None,
+    progress: bool | Progress = True,
+) -> Inspection:
+    """Measure the update of every tensor in one streaming pass; write nothing.
+
+    Mismatches are reported, not refused: the tensors that match are measured.
+
+    Args:
+        original: Directory of the original checkpoint θ₀.
+        unlearned: Directory of the unlearned checkpoint θᵤ.
+        alphas: The α whose rounding is tried; by default 0.1, 0.25, 0.5, 1 and 2.
+        dtype: The output dtype the rounding is tried at, as for ``merge``.
+        threads: As for ``merge``.
+        progress: As for ``merge``.
+
+    Raises:
+        UipeMergeError: A checkpoint cannot be read, or holds values that are not finite.
+    """
+    from uipe_merge import inspection
+    from uipe_merge.executors import make_executor
+
+    watcher = _watcher(progress)
+    try:
+        return inspection.inspect_pair(
+            original,
+            unlearned,
+            alphas or inspection.DEFAULT_ALPHAS,
+            dtype,
+            make_executor(threads),
+            watcher,
+        )
+    finally:
+        watcher.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What ``verify`` found.
+
+    Attributes:
+        files: Files that were hashed.
+        bytes: Their bytes.
+        problems: One line for each difference from the manifest; empty if all is well.
+        notes: Files the manifest does not know and that do not change the model.
+    """
+
+    files: int
+    bytes: int
+    problems: list[str]
+    notes: list[str]
+
+
+def verify(output: PathLike, *, progress: bool | Progress = True) -> Verification:
+    """Hash every file of a published model again and hold it against its manifest.
+
+    Raises:
+        UsageError: There is no such directory, or it has no manifest.
+        CorruptInputError: The manifest itself is damaged.
+        OutputError: A file cannot be read.
+    """
+    from uipe_merge.output.manifest import MANIFEST_NAME, read_manifest
+    from uipe_merge.output.sidecars import carried
+    from uipe_merge.output.staging import hash_file
+
+    directory = Path(output)
+    watcher = _watcher(progress)
+    problems: list[str] = []
+    try:
+        _, files = read_manifest(directory)
+        watcher.start(sum(record.size for record in files.values()))
+        for name, record in files.items():
+            found = hash_file(directory / name)
+            if found is None:
+                problems.append(f"'{name}' is missing")
+            elif found[0] != record.size:
+                problems.append(f"'{name}' has {found[0]} bytes, not {record.size}")
+            elif found[1] != record.sha256:
+                problems.append(f"'{name}' has the right size and other bytes")
+            watcher.advance(record.size, name)
+    finally:
+        watcher.close()
+    present = {
+        path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()
+    }
+    unknown = sorted(present - files.keys() - {MANIFEST_NAME})
+    problems += [f"'{name}' was not written by the merge" for name in unknown if not carried(name)]
+    notes = [f"'{name}' is not in the manifest" for name in unknown if carried(name)]
+    return Verification(len(files), sum(record.size for record in files.values()), problems, notes)
+
+
+def _watcher(progress: bool | Progress) -> Progress:  # noqa: FBT001 - the callers' argument
+    from uipe_merge.progress import Silent, TqdmBar
+
+    if isinstance(progress, bool):
+        return TqdmBar() if progress else Silent()
+    return progress

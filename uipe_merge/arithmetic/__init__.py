@@ -1,0 +1,1 @@
+"""The arithmetic, on torch tensors and nothing else."""

@@ -1,0 +1,1 @@
+"""Reading checkpoints: the safetensors format, the index, the pair, and the file seam."""

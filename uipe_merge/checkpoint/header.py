@@ -1,0 +1,206 @@
+"""The safetensors header: read strictly, written as the format says.
+
+Layout of a file: 8 bytes little-endian length N, N bytes JSON, then the tensors without a
+gap. Source: the format section of the safetensors documentation. What this reader accepts,
+the safetensors library accepts and decodes equally; it refuses more (see the checks).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+
+from uipe_merge.checkpoint import strict_json
+from uipe_merge.checkpoint.dtypes import DTYPES, DType
+from uipe_merge.errors import CorruptInputError, escape
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from uipe_merge.checkpoint.storage import InputFile
+
+MAX_HEADER = 100_000_000
+"""Longest header the format allows, in bytes."""
+
+MAX_TENSORS = 500_000
+"""More tensors in one shard than any model has; a longer list only exhausts memory."""
+
+_LENGTH = struct.Struct("<Q")
+_MAX_ELEMENTS = 2**63 - 1
+_AGAIN = "download the file again (`hf cache verify` finds the damaged ones)"
+
+_MAGIC = (
+    (b"version https://git-lfs", "is a git-lfs pointer, not the weights", "run `git lfs pull`"),
+    (b"gguf", "is a GGUF file", "use the safetensors form of the model"),
+    (b"pk\x03\x04", "is a zip archive (a PyTorch .bin?)", "save the model as safetensors first"),
+    (b"<!doctype html", "is a web page, not weights", _AGAIN),
+    (b"<html", "is a web page, not weights", _AGAIN),
+    (b"<?xml", "is an XML message of a server, not weights", _AGAIN),
+    (b"entry not found", "is an error message of a server, not weights", _AGAIN),
+    (b"\x80\x02", "is a pickle", "save the model as safetensors first"),
+)
+
+
+class TensorSpec(NamedTuple):
+    """Where one tensor lies.
+
+    Attributes:
+        name: Its name.
+        dtype: Its element type.
+        shape: Its shape; ``()`` for a scalar.
+        file: Name of the shard that holds it.
+        offset: Absolute position of its first byte in that file.
+        nbytes: Its length in bytes.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return self.nbytes * 8 // self.dtype.bits
+
+
+class Header(NamedTuple):
+    """What the beginning of a shard says.
+
+    Attributes:
+        tensors: The tensors, in the order of their bytes.
+        sha256: Hex digest of the length field and the JSON.
+    """
+
+    tensors: list[TensorSpec]
+    sha256: str
+
+
+def read_header(file: InputFile, name: str) -> Header:
+    """Read and check the header of an open shard called ``name``.
+
+    Raises:
+        CorruptInputError: Whatever is wrong with it, naming the file and, where there is
+            one, the tensor.
+    """
+    size = file.stamp.size
+    if size < _LENGTH.size:
+        what = "is empty" if size == 0 else f"is only {size} bytes long"
+        raise CorruptInputError(what, file=file.path, remedy=_AGAIN)
+    start = bytearray(min(size, 32))
+    file.read_into(memoryview(start), 0)
+    (length,) = _LENGTH.unpack_from(start)
+    if not 2 <= length <= min(MAX_HEADER, size - _LENGTH.size):  # "{}" is the shortest JSON
+        what, remedy = f"says its header is {length} bytes long; the file has {size}", _AGAIN
+        for magic, other, instead in _MAGIC:
+            if bytes(start).lower().startswith(magic):
+                what, remedy = other, instead
+        raise CorruptInputError(what, file=file.path, remedy=remedy)
+    raw = bytearray(_LENGTH.size + length)
+    file.read_into(memoryview(raw), 0)
+    try:
+        tensors = _parse(bytes(raw[_LENGTH.size :]), name, len(raw), size)
+    except _HeaderError as error:
+        raise CorruptInputError(
+            str(error), file=file.path, tensor=error.tensor, remedy=_AGAIN
+        ) from None
+    return Header(tensors, hashlib.sha256(raw).hexdigest())
+
+
+class _HeaderError(ValueError):
+    def __init__(self, message: str, tensor: str | None = None) -> None:
+        super().__init__(message)
+        self.tensor = tensor
+
+
+def _parse(raw: bytes, file: str, data: int, size: int) -> list[TensorSpec]:
+    """Check the JSON ``raw``; ``data`` is where the tensors begin, ``size`` the file's end."""
+    if not raw.startswith(b"{"):
+        raise _HeaderError("its header does not begin with '{'")
+    if raw.count(b'"data_offsets"') > MAX_TENSORS:
+        raise _HeaderError(f"its header lists more than {MAX_TENSORS} tensors")
+    try:
+        parsed = strict_json.loads(raw.rstrip(b" "))
+    except strict_json.StrictJsonError as error:
+        raise _HeaderError(f"its header is not valid: {error}") from None
+    assert isinstance(parsed, dict)  # noqa: S101 - it began with "{"
+    _check_metadata(parsed.pop("__metadata__", {}))
+    if not parsed:
+        raise _HeaderError("holds no tensors")
+    specs = [_spec(name, entry, file, data) for name, entry in parsed.items()]
+    specs.sort(key=lambda spec: (spec.offset, spec.nbytes))
+    end = data
+    for spec in specs:
+        if spec.offset != end:
+            what = "overlaps the one before it" if spec.offset < end else "leaves a gap before it"
+            raise _HeaderError(what, spec.name)
+        end += spec.nbytes
+    if end != size:
+        difference = f"{end - size} short of" if end > size else f"{size - end} longer than"
+        raise _HeaderError(f"is {size} bytes, {difference} what its header describes")
+    return specs
+
+
+def _check_metadata(metadata: object) -> None:
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
+        raise _HeaderError("its __metadata__ is not a map from strings to strings")
+
+
+def _spec(name: str, entry: object, file: str, data: int) -> TensorSpec:
+    if not name.isprintable() and escape(name) != name:
+        raise _HeaderError("its name holds control characters", name)
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _HeaderError("is not described by dtype, shape and data_offsets", name)
+    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise _HeaderError(f"has the unknown dtype {str(entry['dtype'])[:30]!r}", name)
+    shape = entry["shape"]
+    if not isinstance(shape, list) or not all(type(size) is int for size in shape):
+        raise _HeaderError("its shape is not a list of natural numbers", name)
+    offsets = entry["data_offsets"]
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(type(offset) is int for offset in offsets)
+    ):
+        raise _HeaderError("its data_offsets are not two natural numbers", name)
+    begin, end = offsets
+    elements, bound = 1, 1
+    for dimension in shape:
+        elements *= dimension
+        bound *= dimension or 1  # [0, 2**63] is 0 elements, yet no product to compute with
+        if bound * dtype.bits > _MAX_ELEMENTS:
+            raise _HeaderError(f"its shape {shape!s:.60} overflows", name)
+    if (end - begin) * 8 != elements * dtype.bits:
+        raise _HeaderError(
+            f"has {end - begin} bytes, but {dtype.name} {shape!s:.60} needs "
+            f"{elements * dtype.bits / 8:g}",
+            name,
+        )
+    return TensorSpec(name, dtype, tuple(shape), file, data + begin, end - begin)
+
+
+def encode_header(tensors: Iterable[tuple[str, DType, tuple[int, ...], int]]) -> bytes:
+    """Return the header for ``(name, dtype, shape, nbytes)`` tensors laid out in that order.
+
+    The metadata is ``{"format": "pt"}``, which transformers demands, and the JSON is padded
+    with spaces so that the first tensor begins at a multiple of 8.
+    """
+    document: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, dtype, shape, nbytes in tensors:
+        document[name] = {
+            "dtype": dtype.name,
+            "shape": list(shape),
+            "data_offsets": [position, position + nbytes],
+        }
+        position += nbytes
+    raw = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    return _LENGTH.pack(len(raw)) + raw

@@ -1,0 +1,180 @@
+"""A checkpoint: which tensors it has and where their bytes lie. Headers only."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+from uipe_merge.checkpoint import formats
+from uipe_merge.checkpoint.header import TensorSpec, read_header
+from uipe_merge.checkpoint.index import INDEX_NAME, Index, read_index
+from uipe_merge.checkpoint.storage import read_document
+from uipe_merge.errors import CorruptInputError, listed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from uipe_merge.checkpoint.storage import Folder, Stamp
+
+SINGLE_NAME = "model.safetensors"
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
+_AGAIN = "download the checkpoint again"
+
+
+class ShardInput(NamedTuple):
+    """One weight file that was read, as the manifest will name it.
+
+    Attributes:
+        name: File name.
+        stamp: Size and modification time at planning.
+        header_sha256: Digest of its header.
+    """
+
+    name: str
+    stamp: Stamp
+    header_sha256: str
+
+
+class Checkpoint(NamedTuple):
+    """One model on disk.
+
+    Attributes:
+        folder: Where its files are read from.
+        names: All files in the folder, relative.
+        shards: Its weight files, sorted by name.
+        tensors: Every tensor by name, shard by shard in the order of the bytes.
+        config: The parsed ``config.json``, empty where there is none.
+        warnings: What is odd but harmless.
+    """
+
+    folder: Folder
+    names: list[str]
+    shards: list[ShardInput]
+    tensors: dict[str, TensorSpec]
+    config: dict[str, object]
+    warnings: list[str]
+
+    @property
+    def location(self) -> str:
+        """The folder as the user named it."""
+        return self.folder.location
+
+
+def open_checkpoint(folder: Folder) -> Checkpoint:
+    """Read the index, every header and the config of the model in ``folder``.
+
+    Raises:
+        CorruptInputError: A file is damaged, or the files contradict one another.
+        UnsafeInputError: A shard leaves the directory, or only pickled weights are there.
+        IncompatibleModelsError: It is quantised, an adapter, or a training checkpoint.
+        OutputError: A file cannot be opened or read.
+    """
+    names = folder.names()
+    weights = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+    formats.refuse_shard_names(folder.location, names)
+    if "adapter_config.json" in names and SINGLE_NAME not in names and INDEX_NAME not in names:
+        raise formats.no_weights(folder.location, names)
+    index, files = _choose(folder, names, weights)
+    tensors, shards = _read_shards(folder, files, index)
+    warnings = _check_total(folder, index, tensors)
+    strays = sorted(set(weights) - set(files))
+    if strays:
+        warnings.append(f"{folder.location}: {listed(strays)} not part of the model, ignored")
+    config = _read_config(folder) if "config.json" in names else {}
+    formats.refuse_quantised(folder.location, config, tensors)
+    return Checkpoint(folder, names, shards, tensors, config, warnings)
+
+
+def _choose(folder: Folder, names: list[str], weights: list[str]) -> tuple[Index | None, list[str]]:
+    """Decide which files are the model, refusing where two readers would differ."""
+    where = folder.location
+    if INDEX_NAME in names:
+        index = read_index(folder, INDEX_NAME)
+        files = sorted(set(index.weight_map.values()))
+        if SINGLE_NAME in weights and SINGLE_NAME not in files:
+            raise CorruptInputError(
+                f"holds both {SINGLE_NAME} and {INDEX_NAME}, which name different models",
+                file=where,
+                remedy="remove the one that is stale",
+            )
+        return index, files
+    if SINGLE_NAME in weights:
+        return None, [SINGLE_NAME]
+    totals = sorted({match[2] for name in weights if (match := _SHARD.search(name))})
+    if totals:
+        mixed = f", and shards of {len(totals)} different sets" if len(totals) > 1 else ""
+        raise CorruptInputError(
+            f"holds shards but no {INDEX_NAME}{mixed}",
+            file=where,
+            remedy="download the index (and remove shards that are stale)",
+        )
+    if len(weights) == 1:
+        return None, weights
+    if weights:
+        raise CorruptInputError(
+            f"holds {listed(weights)} and no index that says which are the model", file=where
+        )
+    raise formats.no_weights(where, names)
+
+
+def _read_shards(
+    folder: Folder, files: Iterable[str], index: Index | None
+) -> tuple[dict[str, TensorSpec], list[ShardInput]]:
+    """Read every header and hold it against the index."""
+    tensors: dict[str, TensorSpec] = {}
+    shards: list[ShardInput] = []
+    problems: list[str] = []
+    for name in files:
+        file = folder.open_file(name)
+        try:
+            header = read_header(file, name)
+        finally:
+            file.close()
+        shards.append(ShardInput(name, file.stamp, header.sha256))
+        for spec in header.tensors:
+            if spec.name in tensors:
+                problems.append(f"'{spec.name}' is in {tensors[spec.name].file} and in {name}")
+            elif index is not None and index.weight_map.get(spec.name) != name:
+                claimed = index.weight_map.get(spec.name)
+                problems.append(
+                    f"'{spec.name}' is in {name} but the index "
+                    + ("lacks it" if claimed is None else f"says {claimed}")
+                )
+            tensors[spec.name] = spec
+    if index is not None:
+        problems += [
+            f"'{name}' is not in {shard}, where the index says it is"
+            for name, shard in index.weight_map.items()
+            if name not in tensors
+        ]
+    if problems:
+        raise CorruptInputError(
+            f"index and shards contradict one another: {listed(problems)}",
+            file=folder.location,
+            remedy=_AGAIN,
+        )
+    return tensors, shards
+
+
+def _check_total(folder: Folder, index: Index | None, tensors: dict[str, TensorSpec]) -> list[str]:
+    total = sum(spec.nbytes for spec in tensors.values())
+    if index is None or index.total_size in (None, total):
+        return []
+    return [
+        (
+            f"{folder.location}: the index says total_size is {index.total_size}, the tensors "
+            f"have {total} bytes (harmless; some writers count tied tensors differently)"
+        )
+    ]
+
+
+def _read_config(folder: Folder) -> dict[str, object]:
+    where = f"{folder.location}/config.json"
+    try:
+        config = json.loads(read_document(folder, "config.json"))
+    except (ValueError, RecursionError) as error:
+        raise CorruptInputError(f"is not valid JSON: {error}", file=where) from None
+    if not isinstance(config, dict):
+        raise CorruptInputError("is not a JSON object", file=where)
+    return config

@@ -1,0 +1,135 @@
+"""The program: commands, the default command, and every way it can end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from uipe_merge._version import __version__
+from uipe_merge.cli import demo, inspect, merge, verify
+from uipe_merge.cli.console import Output
+from uipe_merge.errors import UipeMergeError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+USAGE = 2
+BUG = 1
+IO_ERROR = 8
+
+
+# typer carries a click of its own in some versions and imports it in others; its public
+# BadParameter is a UsageError is a ClickException in both.
+ClickError: Any = typer.BadParameter.__mro__[2]
+
+
+class DefaultGroup(TyperGroup):
+    """A group whose default command is ``merge``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - see above
+        """Put ``merge`` in front of anything that names no command."""
+        own = {"--help", "-h", "--version", "--install-completion", "--show-completion"}
+        if args and args[0] not in self.commands and args[0] not in own:
+            args = ["merge", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=DefaultGroup,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "Post-hoc checkpoint arithmetic for LLM unlearning: θᵤ + α·(θᵤ − θ₀), streamed.\n\n"
+        "Without a command: uipe-merge ORIGINAL UNLEARNED --alpha A -o OUT"
+    ),
+)
+app.command("merge")(merge.merge)
+app.command("inspect")(inspect.inspect)
+app.command("verify")(verify.verify)
+app.command("demo")(demo.demo)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"uipe-merge {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Take the options that come before a command."""
+
+
+class Interrupted(BaseException):
+    """A signal asked the program to end; the run can be continued."""
+
+    def __init__(self, number: int) -> None:
+        """Remember which one."""
+        super().__init__(number)
+        self.number = number
+
+
+def main() -> None:
+    """Run the program and leave with the exit code of ``uipe_merge.errors``."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    code = _run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError:
+        code = code or IO_ERROR
+    # The interpreter would flush a broken stdout again at exit and complain.
+    if code == IO_ERROR:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_DFL)  # asked twice, end at once
+    raise Interrupted(number)
+
+
+def _run(arguments: list[str]) -> int:  # noqa: PLR0911 - one for each way to end
+    output = Output()
+    try:
+        result: Any = typer.main.get_command(app).main(
+            arguments or ["--help"], prog_name="uipe-merge", standalone_mode=False
+        )
+    except ClickError as error:
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        output.error(f"{message.rstrip('.')}; see uipe-merge --help")
+        return USAGE
+    except UipeMergeError as error:
+        output.error(str(error))
+        return error.exit_code
+    except Interrupted as error:
+        name = signal.Signals(error.number).name
+        output.error(f"stopped by {name}; the same command goes on where this one stopped")
+        return 128 + error.number
+    except BrokenPipeError:
+        return IO_ERROR
+    except MemoryError:
+        output.error("out of memory; use fewer --threads")
+        return IO_ERROR
+    except Exception:  # noqa: BLE001 - the last resort: a bug, shown whole
+        traceback.print_exc()
+        output.error("this is a bug in uipe-merge; please report it with the lines above")
+        return BUG
+    if not arguments:
+        return USAGE
+    return result if isinstance(result, int) else 0

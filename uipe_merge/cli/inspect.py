@@ -1,0 +1,98 @@
+"""``uipe-merge inspect ORIGINAL UNLEARNED``: what differs, before anything is written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from uipe_merge.cli.console import Output, number
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from uipe_merge.inspection import Group, Inspection
+
+
+def inspect(
+    original: Annotated[str, typer.Argument(help="Directory of the original checkpoint θ₀.")],
+    unlearned: Annotated[str, typer.Argument(help="Directory of the unlearned checkpoint θᵤ.")],
+    alphas: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--alpha", "-a", help="α to try the rounding of; repeatable. [default: 0.1 … 2]"
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Output dtype to try the rounding at, as for merge.")
+    ] = "auto",
+    plot: Annotated[
+        str | None,
+        typer.Option(help="Write a layer × module heat map to FILE.png or FILE.html."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Threads. [default: the cores, at most 8]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no warnings.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every tensor.")] = False,
+) -> None:
+    """Measure the update of every layer and module in one streaming pass."""
+    from uipe_merge import api, plots
+
+    if plot is not None:
+        plots.check(plot)
+    out = Output(quiet=quiet, verbose=verbose, as_json=as_json)
+    found = api.inspect(
+        original,
+        unlearned,
+        alphas=tuple(alphas) if alphas else None,
+        dtype=dtype,
+        threads=threads,
+        progress=out.progress(),
+    )
+    if plot is not None:
+        plots.heat_map(found, plot)
+        out.note(f"heat map written to {plot}")
+    if out.as_json:
+        out.data(found.as_dict())
+        return
+    _show(out, found)
+
+
+def _show(out: Output, found: Inspection) -> None:
+    tried = [f"α={alpha:g}" for alpha in found.alphas]
+    columns = ["tensors", "‖v‖", "‖v‖/‖θᵤ‖", "changed", *tried]
+    groups: list[tuple[str, Iterable[tuple[str, Group]]]] = [
+        ("layer", [("–" if n is None else str(n), g) for n, g in found.layers.items()]),
+        ("module", found.kinds.items()),
+    ]
+    if out.verbose:
+        groups.insert(0, ("tensor", found.tensors.items()))
+    for title, members in groups:
+        out.table([title, *columns], [_row(name, group) for name, group in members])
+        out.line("")
+    out.table(["", *columns], [_row("model", found.total)])
+    out.line("")
+    out.line("α=…: the effective α that this α would come out as at the output dtype")
+    if found.zero:
+        shown = ", ".join(found.zero if out.verbose else found.zero[:5])
+        more = len(found.zero) - 5
+        rest = f" and {more} more (-v lists them)" if more > 0 and not out.verbose else ""
+        out.line(f"{len(found.zero)} tensors with v = 0: {shown}{rest}")
+    if found.differing_integers:
+        out.line(f"integer tensors that differ: {', '.join(found.differing_integers)}")
+    for mismatch in found.mismatches:
+        out.line(f"mismatch: {mismatch}")
+    out.warn([*found.warnings, *found.rounding_warnings()])
+
+
+def _row(name: str, group: Group) -> tuple[str, ...]:
+    return (
+        name,
+        f"{group.tensors:,}",
+        number(group.norm),
+        number(group.ratio),
+        f"{group.share_changed:.2%}",
+        *(number(alpha) for alpha in group.effective_alphas),
+    )

@@ -1,0 +1,198 @@
+"""Runs a plan: blocks through workers, shards to the disk, sums back to the report."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from uipe_merge.output.journal import ShardRecord
+from uipe_merge.output.shard import ShardAborted, ShardWriter
+from uipe_merge.plan import BLOCK, Block, Plan, blocks
+from uipe_merge.reader import check_stamp
+from uipe_merge.report import Sums, add
+from uipe_merge.worker import BlockResult, MergeWorker
+
+if TYPE_CHECKING:
+    from uipe_merge.executors import Executor
+    from uipe_merge.output.filesystem import FileSystem
+    from uipe_merge.output.staging import Staging
+    from uipe_merge.plan import Step
+    from uipe_merge.progress import Progress
+    from uipe_merge.reader import Pair
+
+
+def write_shards(
+    plan: Plan,
+    pair: Pair,
+    staging: Staging,
+    filesystem: FileSystem,
+    executor: Executor,
+    progress: Progress,
+    *,
+    block: int = BLOCK,
+) -> dict[str, ShardRecord]:
+    """Write every shard that an earlier run did not finish; return the record of all.
+
+    Args:
+        plan: What to do.
+        pair: Where to read.
+        staging: Where to write, begun.
+        filesystem: How to write.
+        executor: On what to run.
+        progress: Told of every block.
+        block: Elements read at a time, a multiple of ``plan.CELL``. Changes no byte.
+
+    Raises:
+        NumericError: A value is not finite, or would not be.
+        CorruptInputError: An input changed or ended early.
+        OutputError: The disk refused something.
+    """
+    todo = [index for index, shard in enumerate(plan.shards) if shard.name not in staging.done]
+    records = dict(staging.done)
+    progress.start(plan.write_bytes)
+    for record in records.values():
+        progress.advance(record.size, record.name)
+    desk = _Desk(plan, pair, staging, filesystem, block)
+    gathered = {index: _Gathered(plan.shards[index].steps) for index in todo}
+    results = executor.run(desk.make_worker, blocks(plan, todo, executor.width, block))
+    try:
+        for result in results:
+            shard = plan.shards[result.block.shard]
+            step = shard.steps[result.block.step]
+            progress.advance(result.block.elements * step.dtype.bits // 8, shard.name)
+            shelf = gathered[result.block.shard]
+            shelf.add(result)
+            if shelf.complete:
+                record = ShardRecord(shard.name, shard.size, shelf.sha256, shelf.moments())
+                staging.journal.finish_shard(record)
+                records[shard.name] = record
+                del gathered[result.block.shard]
+    except BaseException as error:
+        desk.fail(error)
+        raise
+    finally:
+        results.close()
+    return records
+
+
+def tensor_sums(plan: Plan, records: dict[str, ShardRecord]) -> dict[str, Sums | None]:
+    """Return the sums of every tensor, from the records of the shards."""
+    return {
+        step.name: None if values is None else Sums(*values)
+        for shard in plan.shards
+        for step, values in zip(shard.steps, records[shard.name].moments, strict=True)
+    }
+
+
+def require_unchanged(pair: Pair) -> None:
+    """Refuse to publish what was made from inputs that changed meanwhile.
+
+    Raises:
+        CorruptInputError: A weight file has another size or modification time than when its
+            header was read.
+    """
+    for checkpoint in pair:
+        for shard in checkpoint.shards:
+            file = checkpoint.folder.open_file(shard.name)
+            try:
+                check_stamp(file, shard.stamp)
+            finally:
+                file.close()
+
+
+class _Desk:
+    """Hands out workers and shard writers, and stops all of them when one fails."""
+
+    def __init__(
+        self, plan: Plan, pair: Pair, staging: Staging, filesystem: FileSystem, block: int
+    ) -> None:
+        self._plan = plan
+        self._pair = pair
+        self._staging = staging
+        self._filesystem = filesystem
+        self._block = block
+        self._lock = threading.Lock()
+        self._writers: dict[int, ShardWriter] = {}
+        self._failure: BaseException | None = None
+
+    def make_worker(self) -> _GuardedWorker:
+        """Make the worker of one thread."""
+        return _GuardedWorker(MergeWorker(self._plan, self._pair, self.writer, self._block), self)
+
+    def writer(self, index: int) -> ShardWriter:
+        """Return the writer of a shard, begun by whoever comes first."""
+        with self._lock:
+            if self._failure is not None:
+                raise ShardAborted
+            if index not in self._writers:
+                shard = self._plan.shards[index]
+                path = self._staging.model / shard.name
+                self._writers[index] = ShardWriter(self._filesystem, path, shard.header)
+            return self._writers[index]
+
+    def finished(self, index: int) -> None:
+        """Forget a writer that is done."""
+        with self._lock:
+            del self._writers[index]
+
+    def fail(self, error: BaseException) -> BaseException:
+        """Stop everybody; return the first failure, which is the one to report."""
+        with self._lock:
+            self._failure = self._failure or error
+            for writer in self._writers.values():
+                writer.abort()
+            return self._failure
+
+
+class _GuardedWorker:
+    """A worker that tells the desk when it fails, so that no other waits for it."""
+
+    def __init__(self, worker: MergeWorker, desk: _Desk) -> None:
+        self._worker = worker
+        self._desk = desk
+
+    def __call__(self, block: Block) -> BlockResult:
+        try:
+            result = self._worker(block)
+        except BaseException as error:  # noqa: BLE001 - raised again, the first one
+            raise self._desk.fail(error) from None
+        if result.sha256 is not None:
+            self._desk.finished(block.shard)
+        return result
+
+    def close(self) -> None:
+        self._worker.close()
+
+
+class _Gathered:
+    """The results of one shard as they come, in any order."""
+
+    def __init__(self, steps: list[Step]) -> None:
+        self._steps = steps
+        self._missing = {index: max(step.elements, 1) for index, step in enumerate(steps)}
+        self._cells: dict[int, list[Sums]] = {}
+        self._sums: list[Sums | None] = [None] * len(steps)
+        self.sha256 = ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every block came back."""
+        return not self._missing
+
+    def add(self, result: BlockResult) -> None:
+        """Take a block's result; a tensor that is whole is reduced to its sums."""
+        index = result.block.step
+        self.sha256 = result.sha256 or self.sha256
+        if result.sums:
+            self._cells.setdefault(index, []).extend(Sums(*cell) for cell in result.sums)
+        self._missing[index] -= max(result.block.elements, 1)
+        if not self._missing[index]:
+            del self._missing[index]
+            cells = self._cells.pop(index, None)
+            operation = self._steps[index].operation
+            if cells or operation in ("extrapolate", "keep"):
+                self._sums[index] = add(cells) if cells else Sums()
+
+    def moments(self) -> list[list[float] | None]:
+        """Return the sums of every tensor, in the order of the plan, for the journal."""
+        return [None if sums is None else list(sums) for sums in self._sums]

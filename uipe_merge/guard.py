@@ -1,0 +1,114 @@
+"""Finds out why numbers are not finite, and says it: which tensor, how many, where first.
+
+The block loop only notices that a sum is not finite. What follows here runs once, on the way
+to an error message, and may read the tensor again and allocate.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from uipe_merge.bits import BitScanner, NonFinite, combine
+from uipe_merge.errors import NumericError
+from uipe_merge.plan import BLOCK, Plan, Step
+from uipe_merge.reader import BlockReader, Pair, widest_input
+
+if TYPE_CHECKING:
+    from uipe_merge.checkpoint.header import TensorSpec
+    from uipe_merge.kernels import Kernels
+
+
+class Guard:
+    """The numeric guard of one thread."""
+
+    def __init__(self, plan: Plan, pair: Pair) -> None:
+        """Remember where to look; nothing is read yet."""
+        self._plan = plan
+        self._pair = pair
+        self._scanner = BitScanner()
+        self._cleared = self._finite_inputs = ""
+
+    def check_bytes(self, data: memoryview, spec: TensorSpec, side: int) -> None:
+        """Look at the bits of a block of an input that no arithmetic will see.
+
+        Raises:
+            NumericError: A value is NaN or infinite.
+        """
+        if self._scanner.scan(data, spec.dtype) is not None:
+            self._refuse_inputs([(spec, side)])
+
+    def check_cast(self, data: memoryview, step: Step) -> None:
+        """Look at the bits of a converted block.
+
+        Raises:
+            NumericError: A value does not fit into the output type.
+        """
+        if (found := self._scanner.scan(data, step.dtype)) is not None:
+            raise _overflow(step, found.total, None)
+
+    def explain(self, step: Step, kernels: Kernels) -> None:
+        """Find out why moments are not finite: an input, the result, or only their squares.
+
+        Returns in the last case, and then does not read the tensor again for its other cells.
+
+        Raises:
+            NumericError: A value of an input, or of the result, is not finite.
+        """
+        if self._cleared == step.name:
+            return
+        self.check_inputs(step)
+        count, largest = 0, 0.0
+        reader = BlockReader(self._pair, widest_input(self._plan), BLOCK)
+        try:
+            for start, unlearned in reader.pieces(step.source, 1):
+                elements = len(unlearned) * 8 // step.source.dtype.bits
+                original = reader.read(step.original or step.source, 0, start, elements)
+                over, most = kernels.overflow(step, original, unlearned)
+                count, largest = count + over, max(largest, most)
+        finally:
+            reader.close()
+        if count:
+            raise _overflow(step, count, largest)
+        self._cleared = step.name
+
+    def check_inputs(self, step: Step) -> None:
+        """Look at the bits of both inputs of a tensor; once, however often it is called.
+
+        Raises:
+            NumericError: A value is NaN or infinite.
+        """
+        assert step.original is not None  # noqa: S101 - the plan gives it to what has moments
+        if self._finite_inputs != step.name:
+            self._refuse_inputs([(step.original, 0), (step.source, 1)])
+            self._finite_inputs = step.name
+
+    def _refuse_inputs(self, tensors: list[tuple[TensorSpec, int]]) -> None:
+        reader = BlockReader(self._pair, widest_input(self._plan), BLOCK)
+        try:
+            for spec, side in tensors:
+                found = combine(
+                    (start, self._scanner.scan(piece, spec.dtype))
+                    for start, piece in reader.pieces(spec, side)
+                )
+                if found is not None:
+                    raise _not_finite(self._pair[side].location, spec, found)
+        finally:
+            reader.close()
+
+
+def _not_finite(location: str, spec: TensorSpec, found: NonFinite) -> NumericError:
+    return NumericError(
+        f"holds {found.total} values that are NaN or infinite, the first at index {found.first}",
+        file=f"{location}/{spec.file}",
+        tensor=spec.name,
+        remedy="this checkpoint is broken: a training run that diverged, or a bad save",
+    )
+
+
+def _overflow(step: Step, count: int, largest: float | None) -> NumericError:
+    reached = "" if largest is None else f", the largest at {largest:g}"
+    return NumericError(
+        f"{count} values do not fit into {step.dtype.name} at alpha {step.alpha:g}{reached}",
+        tensor=step.name,
+        remedy="choose a smaller alpha, or --dtype bfloat16 or float32",
+    )

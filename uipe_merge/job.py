@@ -1,0 +1,250 @@
+"""One merge from its arguments to the published directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from uipe_merge._version import __version__
+from uipe_merge.checkpoint.index import INDEX_NAME
+from uipe_merge.checkpoint.model import open_checkpoint
+from uipe_merge.checkpoint.pair import match, refuse_swapped
+from uipe_merge.checkpoint.storage import LocalFolder
+from uipe_merge.engine import require_unchanged, tensor_sums, write_shards
+from uipe_merge.errors import CorruptInputError, NumericError, listed
+from uipe_merge.output import place
+from uipe_merge.output.card import CARD_NAME, base_models, card_metadata, encode_card
+from uipe_merge.output.filesystem import LocalFileSystem, write_document
+from uipe_merge.output.lock import hold
+from uipe_merge.output.manifest import MANIFEST_NAME, FileRecord, encode_manifest, record_of
+from uipe_merge.output.sidecars import Sidecar, copy_sidecar, plan_sidecars
+from uipe_merge.output.staging import Staging
+from uipe_merge.plan import NUMERICS, Plan, make_plan
+from uipe_merge.reader import Pair
+from uipe_merge.report import MergeReport, Summary, summarise, tensor_record
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from uipe_merge.executors import Executor
+    from uipe_merge.output.filesystem import FileSystem
+    from uipe_merge.output.journal import ShardRecord
+    from uipe_merge.progress import Progress
+    from uipe_merge.recipe import Recipe
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A merge that was planned and may be run.
+
+    Attributes:
+        plan: What will be done to every tensor.
+        pair: The two checkpoints.
+        sidecars: The files that go beside the weights.
+        output: The real path of the output.
+        named: The output as the user named it.
+        space: What the disk needs and has.
+        overwrite: Whether a model at the output may be replaced.
+    """
+
+    plan: Plan
+    pair: Pair
+    sidecars: list[Sidecar]
+    output: Path
+    named: str
+    space: place.Space
+    overwrite: bool
+
+    @property
+    def command(self) -> str:
+        """The command line that makes this output."""
+        recipe = self.plan.recipe
+        words = ["uipe-merge", *(checkpoint.location for checkpoint in self.pair)]
+        words += ["--alpha", repr(recipe.alpha).removesuffix(".0"), "-o", self.named]
+        if recipe.dtype != "auto":
+            words += ["--dtype", recipe.dtype]
+        if recipe.max_shard_bytes is not None:
+            words += ["--max-shard-size", str(recipe.max_shard_bytes)]
+        return shlex.join(words)
+
+
+def prepare(
+    original: PathLike,
+    unlearned: PathLike,
+    output: PathLike,
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+) -> Job:
+    """Read headers and decide everything; write nothing.
+
+    Raises:
+        UipeMergeError: Whatever would keep the merge from beginning, with its exit code.
+    """
+    folders = [LocalFolder(original), LocalFolder(unlearned)]
+    target = place.resolve(output, [folder.location for folder in folders])
+    pair = Pair(*(open_checkpoint(folder) for folder in folders))
+    refuse_swapped(*pair, base_models(card_metadata(pair.original)))
+    pairing = match(*pair)
+    pairing.require_match(*pair)
+    plan = make_plan(*pair, pairing, recipe)
+    sidecars = plan_sidecars(*pair)
+    needed = plan.write_bytes + sum(sidecar.size for sidecar in sidecars)
+    files = len(plan.shards) + len(sidecars) + 8  # index, card, manifest, journal, lock, …
+    space = place.measure(target.parent, needed, files)
+    job = Job(plan, pair, sidecars, target, os.fspath(output), space, overwrite)
+    _require_room(job)
+    return job
+
+
+def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress) -> MergeReport:
+    """Do a prepared merge, or what an interrupted run left of it, and publish the output.
+
+    Args:
+        job: The merge.
+        executor: On what the blocks run.
+        filesystem: Through what everything is written.
+        progress: Told of every block.
+
+    Raises:
+        NumericError: A value is not finite, or would not be.
+        CorruptInputError: An input changed or ended early.
+        OutputError: The disk refused something, or another command's run is in the way.
+        OutputLockedError: Another run is writing this output.
+    """
+    began = time.monotonic()
+    staging = Staging(filesystem, job.output)
+    identity = _identity(job)
+    with hold(staging.partial):
+        if staging.was_published(identity):
+            records = staging.journal.shards()
+            resumed = len(records)
+            staging.clean()
+        else:
+            place.require_replaceable(job.output, job.named, overwrite=job.overwrite)
+            staging.begin(identity, overwrite=job.overwrite)
+            resumed = len(staging.done)
+            try:
+                records = write_shards(job.plan, job.pair, staging, filesystem, executor, progress)
+                require_unchanged(job.pair)
+            except (NumericError, CorruptInputError):
+                staging.clean()  # it would fail again: there is nothing to go on with
+                raise
+            finally:
+                progress.close()
+            _write_rest(job, staging, filesystem, records)
+            staging.publish(overwrite=job.overwrite)
+    summary, tensors = _results(job.plan, records)
+    return MergeReport(
+        output=job.output,
+        summary=summary,
+        tensors=tensors,
+        warnings=[*job.plan.warnings, *_kept_warnings(tensors), *summary.warnings()],
+        written=job.plan.write_bytes,
+        seconds=time.monotonic() - began,
+        resumed=resumed,
+    )
+
+
+def _require_room(job: Job) -> None:
+    """Refuse what cannot be published or does not fit, unless an interrupted run is there."""
+    staging = Staging(LocalFileSystem(), job.output)
+    identity = _identity(job)
+    if staging.was_published(identity):
+        return
+    place.require_replaceable(job.output, job.named, overwrite=job.overwrite)
+    left = job.space._replace(needed=job.space.needed - staging.finished_bytes(identity))
+    place.require(left, job.output.parent, max(shard.size for shard in job.plan.shards))
+
+
+def _identity(job: Job) -> dict[str, object]:
+    """Return what a run must share with an interrupted one to go on with it."""
+    return {
+        "version": __version__,
+        "numerics": NUMERICS,
+        **job.plan.recipe.canonical(),
+        "original": json.dumps(job.plan.original),
+        "unlearned": json.dumps(job.plan.unlearned),
+        "plan": job.plan.fingerprint(),
+    }
+
+
+def _write_rest(
+    job: Job, staging: Staging, filesystem: FileSystem, records: dict[str, ShardRecord]
+) -> None:
+    """Write everything but the shards; the manifest comes last."""
+    plan, model = job.plan, staging.model
+    summary, tensors = _results(plan, records)
+    files = {record.name: FileRecord(record.size, record.sha256) for record in records.values()}
+    recipe = plan.recipe
+    dtype = recipe.dtype if _dtype_changed(job) else None
+    for sidecar in job.sidecars:
+        files[sidecar.name] = copy_sidecar(filesystem, sidecar, model, dtype)
+    documents = {CARD_NAME: encode_card(*job.pair, job.command, summary)}
+    if plan.index_json is not None:
+        documents[INDEX_NAME] = plan.index_json
+    for name, content in documents.items():
+        write_document(filesystem, model / name, content)
+        files[name] = record_of(content)
+    manifest = {
+        "tool": {"name": "uipe-merge", "version": __version__, "numerics": NUMERICS},
+        "rule": "theta_u + alpha * (theta_u - theta_0)",
+        "command": job.command,
+        "recipe": {
+            "alpha": recipe.alpha,
+            "dtype": recipe.dtype,
+            "max_shard_bytes": recipe.max_shard_bytes,
+        },
+        "plan": plan.fingerprint(),
+        "inputs": {
+            side: {
+                "location": checkpoint.location,
+                "shards": [
+                    {
+                        "name": shard.name,
+                        "size": shard.stamp.size,
+                        "mtime_ns": shard.stamp.mtime_ns,
+                        "header_sha256": shard.header_sha256,
+                    }
+                    for shard in checkpoint.shards
+                ],
+            }
+            for side, checkpoint in job.pair._asdict().items()
+        },
+        "summary": summary.as_dict(),
+        "tensors": tensors,
+    }
+    write_document(filesystem, model / MANIFEST_NAME, encode_manifest(manifest, files))
+
+
+def _dtype_changed(job: Job) -> bool:
+    """Tell whether a converted tensor has another type than the unlearned one had."""
+    stored = job.pair.unlearned.tensors
+    return any(step.dtype != stored[step.name].dtype for step in job.plan.steps)
+
+
+def _results(
+    plan: Plan, records: dict[str, ShardRecord]
+) -> tuple[Summary, dict[str, dict[str, object]]]:
+    sums = tensor_sums(plan, records)
+    steps = list(plan.steps)
+    tensors = {step.name: tensor_record(step, sums[step.name]) for step in steps}
+    return summarise(steps, sums), tensors
+
+
+def _kept_warnings(tensors: dict[str, dict[str, object]]) -> list[str]:
+    differing = [name for name, record in tensors.items() if record.get("share_differing")]
+    if not differing:
+        return []
+    return [
+        (
+            f"integer tensors differ between the checkpoints, the unlearned ones were kept: "
+            f"{listed(differing)}"
+        )
+    ]

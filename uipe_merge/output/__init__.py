@@ -1,0 +1,1 @@
+"""The output directory: staged, journalled, made durable and published by one rename."""

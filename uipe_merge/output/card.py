@@ -1,0 +1,102 @@
+"""The model card of the output: where it comes from, in the words the Hub understands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from uipe_merge.checkpoint.storage import read_document
+from uipe_merge.errors import UipeMergeError
+
+if TYPE_CHECKING:
+    from uipe_merge.checkpoint.model import Checkpoint
+    from uipe_merge.report import Summary
+
+CARD_NAME = "README.md"
+
+_FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
+_LICENCE_FIELDS = ("license", "license_name", "license_link")
+_CARRIED_FIELDS = (*_LICENCE_FIELDS, "language")
+_LARGEST_CARD = 2_000_000
+_CACHE = re.compile(r"models--(.+?)--(.+)")
+
+
+def model_id(location: str) -> str:
+    """Return the Hub id that a path of the Hub's cache tells, else the directory's name."""
+    path = PurePath(location)
+    for part in path.parts:
+        if match := _CACHE.fullmatch(part):
+            return f"{match[1]}/{match[2]}"
+    return path.name or location
+
+
+def card_metadata(checkpoint: Checkpoint) -> dict[str, object]:
+    """Return the metadata of a checkpoint's own card; empty where there is none to read."""
+    if CARD_NAME not in checkpoint.names:
+        return {}
+    import yaml
+
+    try:
+        text = read_document(checkpoint.folder, CARD_NAME, _LARGEST_CARD).decode()
+        match = _FRONT_MATTER.match(text)
+        metadata = yaml.safe_load(match[1]) if match else {}
+    except (UipeMergeError, ValueError, RecursionError, yaml.YAMLError):
+        return {}  # a broken card is no reason not to merge; nothing is carried over from it
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def base_models(metadata: dict[str, object]) -> list[str]:
+    """Return what a card calls its base models."""
+    named = metadata.get("base_model", [])
+    return [str(name) for name in (named if isinstance(named, list) else [named])]
+
+
+def encode_card(
+    original: Checkpoint, unlearned: Checkpoint, command: str, summary: Summary
+) -> bytes:
+    """Return the card: metadata for the Hub, one paragraph, the command, the numbers."""
+    from huggingface_hub import ModelCardData
+
+    ids = [model_id(original.location), model_id(unlearned.location)]
+    fields: dict[str, Any] = {}
+    for checkpoint in (original, unlearned):
+        metadata = card_metadata(checkpoint)
+        fields |= {name: metadata[name] for name in _CARRIED_FIELDS if _plain(metadata.get(name))}
+    fields |= {
+        "base_model": ids,
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "tags": ["unlearning", "uipe", "merge"],
+    }
+    data = ModelCardData(**fields)
+    lines = [
+        "---",
+        data.to_yaml().rstrip("\n"),
+        "---",
+        "",
+        f"# {ids[1]}, extrapolated with α = {summary.alpha:g}",
+        "",
+        f"θᵤ + α·(θᵤ − θ₀) with θ₀ = `{ids[0]}` and θᵤ = `{ids[1]}`: the unlearning update,",
+        "lengthened (UIPE, arXiv 2503.04693). Made by",
+        "",
+        "```bash",
+        command,
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in summary.rows()),
+        "",
+        "`uipe_merge.json` holds the inputs' fingerprints, the record of every tensor and the",
+        "hash of every file; `uipe-merge verify` checks them.",
+        "",
+    ]
+    return "\n".join(lines).encode()
+
+
+def _plain(value: object) -> bool:
+    """Tell whether a field of somebody else's card is a string or a list of strings."""
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(item, str) for item in value)
+    )

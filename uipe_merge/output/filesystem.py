@@ -1,0 +1,182 @@
+"""The writing seam: every call that changes the disk, and nothing else, goes through here.
+
+``FileSystem`` is what staging needs of a file system, in the words of POSIX. Tests replace
+it to fail the N-th call or to drop what was not synced; ``LocalFileSystem`` is the real one.
+Errors of the system leave it as ``OutputError``, naming the path.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from uipe_merge.checkpoint.storage import system_error
+from uipe_merge.output import linux
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_WRITEBACK = 32 * 2**20
+
+
+class OutputFile(Protocol):
+    """One file being written."""
+
+    def write_at(self, data: memoryview | bytes, offset: int) -> None:
+        """Write all of ``data`` at ``offset``; safe from several threads."""
+
+    def sync(self) -> None:
+        """Return when every byte is on the disk. A failure is final: rewrite the file."""
+
+    def size(self) -> int:
+        """Bytes the file system says the file has."""
+
+    def close(self) -> None:
+        """Close it; an error the system held back until now is raised."""
+
+
+class FileSystem(Protocol):
+    """What a staged output needs. All methods raise ``OutputError``."""
+
+    def make_directory(self, path: Path) -> None:
+        """Create one directory (mode 0777 and the umask); existing is fine."""
+
+    def create(self, path: Path) -> OutputFile:
+        """Open for writing, empty (mode 0666 and the umask)."""
+
+    def append(self, path: Path, data: bytes) -> None:
+        """Append to a file, creating it, and sync it."""
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Move a file, replacing, or a directory, onto nothing or an empty directory."""
+
+    def exchange(self, one: Path, two: Path) -> None:
+        """Swap two directories: atomically where the system can, else by three renames."""
+
+    def sync_directory(self, path: Path) -> None:
+        """Make the names in a directory durable."""
+
+    def remove(self, path: Path) -> None:
+        """Remove a file; missing is fine."""
+
+    def remove_tree(self, path: Path) -> None:
+        """Remove a directory and all in it; missing is fine."""
+
+
+class LocalFile:
+    """A local file, written with ``pwrite``."""
+
+    def __init__(self, path: Path) -> None:
+        """Create or truncate it."""
+        self._path = path
+        with _naming(path):
+            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._descriptor = os.open(path, flags, 0o666)
+
+    def write_at(self, data: memoryview | bytes, offset: int) -> None:
+        """Write all of ``data``, and start the disk on every full stretch of it."""
+        view = memoryview(data)
+        done = 0
+        with _naming(self._path):
+            while done < len(view):
+                done += os.pwrite(self._descriptor, view[done:], offset + done)
+        begin, end = offset // _WRITEBACK, (offset + done) // _WRITEBACK
+        if end > begin:
+            linux.start_writeback(self._descriptor, begin * _WRITEBACK, (end - begin) * _WRITEBACK)
+
+    def sync(self) -> None:
+        """Flush to the disk."""
+        with _naming(self._path):
+            os.fsync(self._descriptor)
+
+    def size(self) -> int:
+        """Size on the file system."""
+        with _naming(self._path):
+            return os.fstat(self._descriptor).st_size
+
+    def close(self) -> None:
+        """Close, and report what closing reports."""
+        with _naming(self._path):
+            os.close(self._descriptor)
+
+
+class LocalFileSystem:
+    """The file system of this machine."""
+
+    def make_directory(self, path: Path) -> None:
+        """Create one directory."""
+        with _naming(path):
+            path.mkdir(exist_ok=True)
+
+    def create(self, path: Path) -> LocalFile:
+        """Open for writing, empty."""
+        return LocalFile(path)
+
+    def append(self, path: Path, data: bytes) -> None:
+        """Append and sync."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        with _naming(path):
+            descriptor = os.open(path, flags, 0o666)
+            try:
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(descriptor, view) :]
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Rename; the system itself refuses a target directory that is not empty."""
+        with _naming(target):
+            source.rename(target)
+
+    def exchange(self, one: Path, two: Path) -> None:
+        """Swap two directories."""
+        with _naming(two):
+            if linux.exchange(str(one), str(two)):
+                return
+            aside = one.with_name(one.name + ".old")
+            two.rename(aside)
+            one.rename(two)
+            aside.rename(one)
+
+    def sync_directory(self, path: Path) -> None:
+        """Sync the directory itself."""
+        with _naming(path):
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file."""
+        with _naming(path):
+            path.unlink(missing_ok=True)
+
+    def remove_tree(self, path: Path) -> None:
+        """Remove a tree."""
+        with _naming(path):
+            if path.exists():
+                shutil.rmtree(path)
+
+
+def write_document(filesystem: FileSystem, path: Path, data: bytes) -> None:
+    """Write a small file whole and durably."""
+    file = filesystem.create(path)
+    try:
+        file.write_at(data, 0)
+        file.sync()
+    finally:
+        file.close()
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise system_error(error, path) from None

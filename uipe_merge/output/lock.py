@@ -1,0 +1,172 @@
+"""One run per output: a lock that a dead run cannot hold and a live one cannot lose.
+
+Two mechanisms, because each fails somewhere: a file that only one run can create and that
+says who holds it (host, boot, process, start time), and ``flock`` on that file. ``flock``
+does nothing on some network file systems; the identity tells a dead holder from a live one
+on this machine. The file is written and locked under another name and then hard-linked to
+its own, which is as exclusive as ``O_EXCL`` and never shows a lock without its holder.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from uipe_merge.checkpoint.storage import system_error
+from uipe_merge.errors import OutputLockedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_ATTEMPTS = 10
+
+
+@contextmanager
+def hold(directory: Path) -> Iterator[None]:
+    """Hold the lock of a partial directory (created if missing) while the body runs.
+
+    Raises:
+        OutputLockedError: Another run holds it.
+        OutputError: The directory or the file cannot be made.
+    """
+    path = directory / "lock"
+    descriptor = _acquire(path)
+    try:
+        yield
+    finally:
+        # Unlink before the lock is given up: whoever waits finds the name gone and starts anew.
+        with suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
+        with suppress(OSError):
+            directory.rmdir()  # succeeds only where nothing is left to resume
+
+
+def _acquire(path: Path) -> int:
+    for _ in range(_ATTEMPTS):
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with suppress(FileExistsError):
+                return _create(path)
+            holder = _read_holder(path)
+            if _alive(holder):
+                raise _locked(path, holder)
+            _clear_stale(path)
+        except FileNotFoundError:
+            continue  # the directory or the lock went away meanwhile: the other run ended
+        except OSError as error:
+            raise system_error(error, path) from None
+    raise _locked(path, {})
+
+
+def _create(path: Path) -> int:
+    """Create the lock, raising ``FileExistsError`` where it is held."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    draft = path.with_name(f"lock.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}")
+    with suppress(FileNotFoundError):
+        draft.unlink()  # left by a dead run that had this very process number
+    descriptor = os.open(draft, flags, 0o666)
+    try:
+        with suppress(OSError):  # a file system without flock: the identity has to do
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(descriptor, json.dumps(_identity()).encode())
+        try:
+            path.hardlink_to(draft)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+                raise
+            os.close(descriptor)
+            return _create_plainly(path)  # a file system without hard links
+    except BaseException:
+        with suppress(OSError):
+            os.close(descriptor)
+        raise
+    finally:
+        with suppress(FileNotFoundError):
+            draft.unlink()
+    return descriptor
+
+
+def _create_plainly(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    os.write(descriptor, json.dumps(_identity()).encode())
+    return descriptor
+
+
+def _clear_stale(path: Path) -> None:
+    """Remove a dead run's lock, unless its file is locked or was replaced meanwhile."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _locked(path, _read_holder(path)) from None
+        except OSError:  # a file system without flock
+            pass
+        if os.fstat(descriptor).st_ino == path.stat().st_ino:
+            path.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def _identity() -> dict[str, object]:
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "start": _start(pid)}
+
+
+def _alive(holder: dict[str, object]) -> bool:
+    """Tell whether the holder may still run; a holder elsewhere always may."""
+    if not holder:  # torn by a power cut
+        return False
+    if holder.get("host") != socket.gethostname():
+        return True
+    pid = holder.get("pid")
+    if not isinstance(pid, int) or holder.get("boot") != _boot():
+        return False
+    start = _start(pid)
+    return start is not None and start == holder.get("start")
+
+
+def _read_holder(path: Path) -> dict[str, object]:
+    try:
+        holder = json.loads(path.read_bytes())
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _start(pid: int) -> str | None:
+    """Return when a process started, in ticks since boot; ``None`` where it does not run."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        with suppress(ProcessLookupError, PermissionError):
+            if not Path("/proc/self").exists():  # no /proc: only whether it runs can be told
+                os.kill(pid, 0)
+                return ""
+        return None
+
+
+def _locked(path: Path, holder: dict[str, object]) -> OutputLockedError:
+    who = f"process {holder.get('pid')} on {holder.get('host')}" if holder else "another run"
+    return OutputLockedError(
+        f"{who} is writing this output",
+        file=path.parent,
+        remedy=f"wait for it; if it is dead, remove {path}",
+    )

@@ -1,0 +1,147 @@
+"""The partial directory: begun, resumed, published by one rename.
+
+A run builds the whole model in ``.NAME.uipe-partial/model`` beside the output, keeps a
+journal of finished shards next to it, and renames ``model`` to the output at the very end.
+After any kill or power cut the output path therefore holds nothing, the untouched old model
+or the complete new one, and the same command goes on where the journal stops.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from uipe_merge.checkpoint.storage import system_error
+from uipe_merge.output.journal import Journal, ShardRecord, differing, refuse_other_run
+from uipe_merge.output.manifest import MANIFEST_NAME
+from uipe_merge.output.place import partial_directory
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from uipe_merge.output.filesystem import FileSystem
+
+_PIECE = 4 * 2**20
+
+
+class Staging:
+    """One output being built. The caller holds the lock of ``partial``.
+
+    Attributes:
+        output: The path that will be published.
+        partial: The directory of this run.
+        model: The directory that becomes the output.
+        journal: The journal of this run.
+        done: Shards that an earlier run finished and whose hashes still hold.
+    """
+
+    def __init__(self, filesystem: FileSystem, output: Path) -> None:
+        """Name the paths; nothing is touched yet."""
+        self._filesystem = filesystem
+        self.output = output
+        self.partial = partial_directory(output)
+        self.model = self.partial / "model"
+        self.journal = Journal(filesystem, self.partial / "journal")
+        self.done: dict[str, ShardRecord] = {}
+
+    def was_published(self, identity: dict[str, object]) -> bool:
+        """Tell whether this run was killed between publishing and cleaning up."""
+        inode = self.journal.published()
+        if inode is None or self.journal.identity() != identity:
+            return False
+        try:
+            return self.output.stat().st_ino == inode
+        except OSError:
+            return False
+
+    def finished_bytes(self, identity: dict[str, object]) -> int:
+        """Return the bytes that an interrupted run of this identity has on the disk."""
+        if self.journal.identity() != identity:
+            return 0
+        return sum(record.size for record in self.journal.shards().values())
+
+    def begin(self, identity: dict[str, object], *, overwrite: bool) -> None:
+        """Resume the run that is there if it is this one; start one otherwise.
+
+        Raises:
+            OutputError: Another run's partial directory is there (and ``overwrite`` is
+                false), or the file system refuses something.
+        """
+        previous = self.journal.identity()
+        if previous is not None and previous != identity and not overwrite:
+            raise refuse_other_run(self.partial, differing(previous, identity))
+        self._filesystem.make_directory(self.model)
+        if previous == identity:
+            self.done = self._verified()
+        with suppress(FileNotFoundError):
+            for entry in sorted(self.model.iterdir()):
+                if entry.name not in self.done:
+                    self._remove(entry)
+        self.journal.begin(identity, self.done.values())
+
+    def publish(self, *, overwrite: bool) -> None:
+        """Make the finished model appear at the output path, and clean up.
+
+        Args:
+            overwrite: Whether a model that is there may be replaced.
+
+        Raises:
+            OutputError: Something that may not be replaced appeared at the output path
+                meanwhile, or the rename failed; the finished model then stays in the
+                partial directory.
+        """
+        self._filesystem.sync_directory(self.model)
+        self.journal.publishing(self.model.stat().st_ino)
+        if overwrite and (self.output / MANIFEST_NAME).is_file():
+            self._filesystem.exchange(self.model, self.output)
+        else:
+            self._filesystem.rename(self.model, self.output)
+        self._filesystem.sync_directory(self.output.parent)
+        self.clean()
+
+    def clean(self) -> None:
+        """Remove what the run leaves: the replaced model, if any, and the journal, last.
+
+        As long as the journal is there, a rerun knows what this was.
+        """
+        for entry in sorted(self.partial.iterdir()):
+            if entry.name != "journal" and not entry.name.startswith("lock"):
+                self._remove(entry)
+        self._filesystem.remove(self.partial / "journal")
+
+    def _verified(self) -> dict[str, ShardRecord]:
+        """Return the recorded shards whose files still have the recorded size and hash."""
+        return {
+            name: record
+            for name, record in self.journal.shards().items()
+            if hash_file(self.model / name) == (record.size, record.sha256)
+        }
+
+    def _remove(self, entry: Path) -> None:
+        if entry.is_dir() and not entry.is_symlink():
+            self._filesystem.remove_tree(entry)
+        else:
+            self._filesystem.remove(entry)
+
+
+def hash_file(path: Path) -> tuple[int, str] | None:
+    """Return size and SHA-256 of a file; ``None`` where it is missing or no regular file.
+
+    Raises:
+        OutputError: It cannot be read.
+    """
+    digest = hashlib.sha256()
+    piece = bytearray(_PIECE)
+    view = memoryview(piece)
+    size = 0
+    try:
+        if not path.is_file() or path.is_symlink():
+            return None
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(piece):
+                digest.update(view[:count])
+                size += count
+    except OSError as error:
+        raise system_error(error, path) from None
+    return size, digest.hexdigest()

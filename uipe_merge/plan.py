@@ -1,0 +1,308 @@
+"""The plan: everything a run will do, as plain data, made from headers alone.
+
+Every tensor gets one step with its operation, its coefficient, its source ranges and its
+place in the output. Running the plan needs no further decision, so the same plan gives the
+same bytes on any number of threads, after any interruption, on any machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from uipe_merge.checkpoint.dtypes import CONVERTIBLE, OUTPUT_DTYPES, DType
+from uipe_merge.checkpoint.header import encode_header
+from uipe_merge.checkpoint.index import encode_index
+from uipe_merge.checkpoint.model import SINGLE_NAME, Checkpoint, ShardInput
+from uipe_merge.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from uipe_merge.checkpoint.header import TensorSpec
+    from uipe_merge.checkpoint.pair import Pairing
+    from uipe_merge.recipe import Recipe
+
+Operation = Literal["copy", "keep", "cast", "extrapolate"]
+"""What is done with a tensor.
+
+``copy``: bytes of one input. ``keep``: bytes of the unlearned one, compared with the
+original's (integers, booleans). ``cast``: one input, converted. ``extrapolate``: θᵤ + α·v.
+"""
+
+CELL = 2**17
+"""Elements that go through the arithmetic at a time: the buffers stay in a core's cache.
+
+It is part of the numbers that are reported (moments are summed cell by cell), so it is a
+constant and not an option.
+"""
+
+BLOCK = 8 * CELL
+"""Elements that are read and written at a time."""
+
+NUMERICS = 1
+"""Version of the arithmetic; raised when the bytes it produces change."""
+
+_BASE_MEMORY = 240_000_000  # the interpreter and torch, measured
+_NAME_MEMORY = 1_500  # bytes a planned tensor holds, measured on 100 k tensors
+
+
+class Step(NamedTuple):
+    """What happens to one tensor.
+
+    Attributes:
+        name: Its name in the output.
+        operation: See ``Operation``.
+        alpha: The coefficient α of this tensor.
+        source: The tensor whose bytes are copied, kept or cast; θᵤ for ``extrapolate``.
+        original: θ₀, where the operation reads it too.
+        dtype: Element type in the output.
+        offset: Position of its first byte in the output shard.
+        nbytes: Its length there.
+        from_original: Whether ``source`` belongs to the original checkpoint.
+    """
+
+    name: str
+    operation: Operation
+    alpha: float
+    source: TensorSpec
+    original: TensorSpec | None
+    dtype: DType
+    offset: int
+    nbytes: int
+    from_original: bool
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return self.source.elements
+
+
+class Shard(NamedTuple):
+    """One output file.
+
+    Attributes:
+        name: File name.
+        header: Its first bytes.
+        steps: Its tensors, in the order of their bytes.
+        size: Its length in bytes.
+    """
+
+    name: str
+    header: bytes
+    steps: list[Step]
+    size: int
+
+
+class Block(NamedTuple):
+    """A piece of a tensor: the unit of work.
+
+    Attributes:
+        shard: Index of the shard in the plan.
+        step: Index of the step in the shard.
+        start: First element.
+        elements: Number of elements.
+        sequence: Position of the block in its shard, from 0.
+        last: Whether it is the last of its shard.
+    """
+
+    shard: int
+    step: int
+    start: int
+    elements: int
+    sequence: int
+    last: bool
+
+
+class Plan(NamedTuple):
+    """A whole merge.
+
+    Attributes:
+        recipe: What was asked for.
+        shards: The output's weight files.
+        index_json: Bytes of the index file; ``None`` for a single file.
+        original: The weight files of the original, with their fingerprints.
+        unlearned: The weight files of the unlearned checkpoint.
+        warnings: What the user should know before anything is written.
+    """
+
+    recipe: Recipe
+    shards: list[Shard]
+    index_json: bytes | None
+    original: list[ShardInput]
+    unlearned: list[ShardInput]
+    warnings: list[str]
+
+    @property
+    def steps(self) -> Iterator[Step]:
+        """All steps, shard by shard."""
+        return (step for shard in self.shards for step in shard.steps)
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes of all weight files."""
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of tensors read from both inputs."""
+        return sum(
+            step.source.nbytes + (step.original.nbytes if step.original else 0)
+            for step in self.steps
+        )
+
+    def operations(self) -> dict[Operation, tuple[int, int]]:
+        """Return ``(tensors, output bytes)`` by operation."""
+        counts: dict[Operation, tuple[int, int]] = {}
+        for step in self.steps:
+            tensors, nbytes = counts.get(step.operation, (0, 0))
+            counts[step.operation] = (tensors + 1, nbytes + step.nbytes)
+        return counts
+
+    def peak_memory(self, threads: int) -> int:
+        """Return an upper estimate of the resident bytes of a run."""
+        widest = max((step.source.dtype.bits // 8 for step in self.steps), default=0)
+        # Per thread: two input blocks, one output block, and the cells of the arithmetic.
+        worker = 3 * BLOCK * widest + 5 * CELL * 8
+        tensors = sum(len(shard.steps) for shard in self.shards)
+        return _BASE_MEMORY + threads * worker + tensors * _NAME_MEMORY
+
+    def fingerprint(self) -> str:
+        """Return a digest of all that decides the bytes of the weight files."""
+        digest = hashlib.sha256()
+        document = {"recipe": self.recipe.canonical(), "numerics": NUMERICS}
+        digest.update(json.dumps(document, sort_keys=True).encode())
+        for side in (self.original, self.unlearned):
+            digest.update(json.dumps(side).encode())
+        for shard in self.shards:
+            digest.update(f"\n{shard.name} {shard.size}\n".encode() + shard.header)
+            for step in shard.steps:
+                digest.update(json.dumps(step).encode())
+        return digest.hexdigest()
+
+
+def make_plan(
+    original: Checkpoint, unlearned: Checkpoint, pairing: Pairing, recipe: Recipe
+) -> Plan:
+    """Resolve a recipe against two matched checkpoints.
+
+    Raises:
+        UsageError: A tensor alone is larger than the largest shard asked for.
+    """
+    drafts = [_draft(pairing, name, recipe) for name in unlearned.tensors]
+    grouped = list(_layout(drafts, unlearned, recipe.max_shard_bytes))
+    shards = [_place(name, group) for name, group in grouped]
+    index = None
+    if len(shards) > 1:
+        steps = [(shard.name, step) for shard in shards for step in shard.steps]
+        index = encode_index(
+            {step.name: shard for shard, step in steps},
+            sum(step.nbytes for _, step in steps),
+            sum(step.elements for _, step in steps),
+        )
+    warnings = [*original.warnings, *unlearned.warnings, *pairing.warnings]
+    return Plan(recipe, shards, index, original.shards, unlearned.shards, warnings)
+
+
+def _draft(pairing: Pairing, name: str, recipe: Recipe) -> Step:
+    """Decide the operation of one tensor; its place in the output is not known yet."""
+    original, unlearned = pairing.pairs[name]
+    dtype = unlearned.dtype
+    if recipe.dtype != "auto" and dtype.name in CONVERTIBLE:
+        dtype = OUTPUT_DTYPES[recipe.dtype]
+    from_original = recipe.alpha == -1
+    source = original if from_original else unlearned
+    other: TensorSpec | None = None
+    operation: Operation
+    if not unlearned.dtype.computes:
+        operation = "copy" if from_original else "keep"
+        other = None if from_original else original
+        dtype = source.dtype
+    elif recipe.alpha in (0, -1):
+        operation = "copy" if source.dtype == dtype else "cast"
+    else:
+        operation, other = "extrapolate", original
+    nbytes = source.elements * dtype.bits // 8
+    return Step(name, operation, recipe.alpha, source, other, dtype, 0, nbytes, from_original)
+
+
+def _layout(
+    drafts: list[Step], unlearned: Checkpoint, limit: int | None
+) -> Iterator[tuple[str, list[Step]]]:
+    """Group the tensors into named shards: the unlearned layout, or filled up to a limit."""
+    if limit is None:
+        groups: dict[str, list[Step]] = {}
+        for step in drafts:
+            groups.setdefault(unlearned.tensors[step.name].file, []).append(step)
+        if len(groups) == 1:
+            groups = {SINGLE_NAME: drafts}
+        yield from groups.items()
+        return
+    too_large = max(drafts, key=lambda step: step.nbytes)
+    if too_large.nbytes > limit:
+        raise UsageError(
+            f"has {too_large.nbytes} bytes, more than the largest shard of {limit}",
+            tensor=too_large.name,
+            remedy=f"raise --max-shard-size to at least {too_large.nbytes}",
+        )
+    filled: list[list[Step]] = [[]]
+    size = 0
+    for step in drafts:
+        if filled[-1] and size + step.nbytes > limit:
+            filled.append([])
+            size = 0
+        filled[-1].append(step)
+        size += step.nbytes
+    if len(filled) == 1:
+        yield SINGLE_NAME, drafts
+        return
+    for number, group in enumerate(filled, 1):
+        yield f"model-{number:05d}-of-{len(filled):05d}.safetensors", group
+
+
+def _place(name: str, drafts: list[Step]) -> Shard:
+    """Give every tensor of a shard its offset."""
+    header = encode_header(
+        (step.name, step.dtype, step.source.shape, step.nbytes) for step in drafts
+    )
+    steps: list[Step] = []
+    position = len(header)
+    for step in drafts:
+        steps.append(step._replace(offset=position))
+        position += step.nbytes
+    return Shard(name, header, steps, position)
+
+
+def shard_blocks(plan: Plan, shard: int, size: int = BLOCK) -> Iterator[Block]:
+    """Cut one shard into blocks of at most ``size`` elements (a multiple of ``CELL``)."""
+    steps = plan.shards[shard].steps
+    sequence = 0
+    for index, step in enumerate(steps):
+        # An empty tensor still is a block, so that it is counted and recorded.
+        for start in range(0, max(step.elements, 1), size):
+            count = min(size, step.elements - start)
+            last = index == len(steps) - 1 and start + count == step.elements
+            yield Block(shard, index, start, count, sequence, last)
+            sequence += 1
+
+
+def blocks(plan: Plan, shards: Iterable[int], width: int, size: int = BLOCK) -> Iterator[Block]:
+    """Interleave the blocks of ``width`` shards at a time.
+
+    The bytes of one file are hashed in their order, by one thread at a time; working on as
+    many files as there are threads keeps the threads from waiting for one another.
+    """
+    waiting = iter(shards)
+    active: list[Iterator[Block]] = []
+    while True:
+        while len(active) < width and (shard := next(waiting, None)) is not None:
+            active.append(shard_blocks(plan, shard, size))
+        if not active:
+            return
+        for stream in list(active):
+            block = next(stream, None)
+            if block is None:
+                active.remove(stream)
+            else:
+                yield block

@@ -1,0 +1,95 @@
+"""Reads blocks of both checkpoints into reused buffers, few files open at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from uipe_merge.errors import CorruptInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from uipe_merge.checkpoint.header import TensorSpec
+    from uipe_merge.checkpoint.model import Checkpoint
+    from uipe_merge.checkpoint.storage import InputFile, Stamp
+    from uipe_merge.plan import Plan
+
+
+class Pair(NamedTuple):
+    """The two checkpoints a plan reads."""
+
+    original: Checkpoint
+    unlearned: Checkpoint
+
+
+class BlockReader:
+    """Reads blocks of tensors into two reused buffers."""
+
+    def __init__(self, pair: Pair, element_bytes: int, block: int) -> None:
+        """Allocate for blocks of ``block`` elements of at most ``element_bytes``."""
+        self._pair = pair
+        self._stamps = [_stamps(checkpoint) for checkpoint in pair]
+        self._files: list[tuple[str, InputFile] | None] = [None, None]
+        self._buffers = [memoryview(bytearray(block * element_bytes)) for _ in pair]
+        self._block = block
+
+    def read(self, spec: TensorSpec, side: int, start: int, count: int) -> memoryview:
+        """Return ``count`` elements from ``start`` as bytes, valid until the next read.
+
+        ``side`` is 0 for the original, 1 for the unlearned checkpoint; each has a buffer.
+        """
+        size = spec.dtype.bits // 8
+        view = self._buffers[side][: count * size]
+        if count:
+            self._open(spec.file, side).read_into(view, spec.offset + start * size)
+        return view
+
+    def pieces(self, spec: TensorSpec, side: int) -> Iterator[tuple[int, memoryview]]:
+        """Read a whole tensor block by block: ``(first element, bytes)``."""
+        for start in range(0, spec.elements, self._block):
+            count = min(self._block, spec.elements - start)
+            yield start, self.read(spec, side, start, count)
+
+    def close(self) -> None:
+        """Close the open files."""
+        for held in self._files:
+            if held is not None:
+                held[1].close()
+        self._files = [None, None]
+
+    def _open(self, name: str, side: int) -> InputFile:
+        # One file a side is held: with hundreds of shards, descriptors stay few.
+        held = self._files[side]
+        if held is not None and held[0] == name:
+            return held[1]
+        if held is not None:
+            self._files[side] = None
+            held[1].close()
+        file = self._pair[side].folder.open_file(name)
+        self._files[side] = (name, file)
+        check_stamp(file, self._stamps[side][name])
+        return file
+
+
+def check_stamp(file: InputFile, planned: Stamp) -> None:
+    """Refuse a file that is not the one that was planned with.
+
+    Raises:
+        CorruptInputError: Its size or modification time differs.
+    """
+    if file.stamp != planned:
+        raise CorruptInputError(
+            "changed since its header was read",
+            file=file.path,
+            remedy="run again when nothing writes to it",
+        )
+
+
+def widest_input(plan: Plan) -> int:
+    """Return the bytes of the widest element that a plan reads."""
+    read = [spec for step in plan.steps for spec in (step.source, step.original) if spec]
+    return max((spec.dtype.bits // 8 for spec in read), default=1)
+
+
+def _stamps(checkpoint: Checkpoint) -> Mapping[str, Stamp]:
+    return {shard.name: shard.stamp for shard in checkpoint.shards}

@@ -1,0 +1,186 @@
+"""What a run did, in numbers: per tensor and over the model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from uipe_merge.plan import Operation, Step
+
+TOLERANCE = 0.05
+"""Relative departure of the effective α from α above which a run warns."""
+
+
+class Sums(NamedTuple):
+    """Additive sums over a group of tensors; see ``arithmetic.blocks.Moments``."""
+
+    update: float = 0.0
+    unlearned: float = 0.0
+    along: float = 0.0
+    error: float = 0.0
+    changed: float = 0.0
+
+    @property
+    def norm(self) -> float:
+        """‖v‖."""
+        return math.sqrt(self.update)
+
+    @property
+    def ratio(self) -> float | None:
+        """‖v‖/‖θᵤ‖; ``None`` where θᵤ is zero."""
+        return math.sqrt(self.update / self.unlearned) if self.unlearned else None
+
+    @property
+    def effective_alpha(self) -> float | None:
+        """⟨θ_out − θᵤ, v⟩/‖v‖²; ``None`` where v is zero."""
+        return self.along / self.update if self.update else None
+
+    def rounding_error(self, alpha: float) -> float | None:
+        """‖θ_out − θᵤ − α·v‖/‖α·v‖; ``None`` where the step is zero."""
+        step = alpha * alpha * self.update
+        return math.sqrt(self.error / step) if step else None
+
+
+def add(groups: Iterable[Sums]) -> Sums:
+    """Add sums, exactly rounded, so that the result does not depend on their order."""
+    return Sums(*(math.fsum(column) for column in zip(*groups, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A run over the whole model.
+
+    Attributes:
+        alpha: The α asked for.
+        tensors: ``(tensors, bytes)`` by operation.
+        unchanged: Extrapolated tensors whose update is zero.
+        total: Sums over the extrapolated tensors; ``None`` where there are none.
+        elements: Elements of the extrapolated tensors.
+    """
+
+    alpha: float
+    tensors: dict[Operation, tuple[int, int]]
+    unchanged: int
+    total: Sums | None
+    elements: int
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the lines of the closing table."""
+        extrapolated, _ = self.tensors.get("extrapolate", (0, 0))
+        carried = sum(count for count, _ in self.tensors.values()) - extrapolated
+        rows = [
+            ("tensors extrapolated", f"{extrapolated:,} ({self.unchanged:,} with v = 0)"),
+            ("tensors copied", f"{carried:,}"),
+        ]
+        if self.total is not None:
+            alpha, error = self.total.effective_alpha, self.total.rounding_error(self.alpha)
+            rows += [
+                ("‖v‖/‖θᵤ‖", "–" if self.total.ratio is None else f"{self.total.ratio:.3e}"),
+                (
+                    "α asked / effective",
+                    f"{self.alpha:g} / " + ("–" if alpha is None else f"{alpha:.4g}"),
+                ),
+                ("rounding error ‖θ−θᵤ−αv‖/‖αv‖", "–" if error is None else f"{error:.3g}"),
+                ("elements changed", f"{self.total.changed / max(self.elements, 1):.2%}"),
+            ]
+        return rows
+
+    def warnings(self) -> list[str]:
+        """Return what the user should know about the numbers."""
+        if self.total is None or not self.elements:
+            return []
+        if self.total.update == 0:
+            return [
+                (
+                    "the two checkpoints hold identical weights: every update is zero and the "
+                    "output equals both; check that the right directories were named"
+                )
+            ]
+        effective = self.total.effective_alpha or 0.0
+        if abs(effective - self.alpha) <= TOLERANCE * abs(self.alpha):
+            return []
+        lost = 1 - self.total.changed / self.elements
+        return [
+            (
+                f"rounding to the output dtype leaves an effective α of {effective:.4g} where "
+                f"{self.alpha:g} was asked for ({lost:.0%} of the elements did not change); write "
+                "with --dtype float32 to keep the whole step"
+            )
+        ]
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the summary as plain values for JSON."""
+        total = self.total
+        return {
+            "alpha": self.alpha,
+            "tensors": {name: {"count": n, "bytes": b} for name, (n, b) in self.tensors.items()},
+            "unchanged": self.unchanged,
+            "norm": total and total.norm,
+            "ratio": total and total.ratio,
+            "effective_alpha": total and total.effective_alpha,
+            "rounding_error": total and total.rounding_error(self.alpha),
+            "share_changed": total and total.changed / max(self.elements, 1),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What ``merge`` returns.
+
+    Attributes:
+        output: The published directory.
+        summary: The numbers over the model.
+        tensors: The record of every tensor, as in the manifest.
+        warnings: Everything the user should know, with the remedy.
+        written: Bytes of the weight files.
+        seconds: Wall time.
+        resumed: Shards that an interrupted run had finished already.
+    """
+
+    output: Path
+    summary: Summary
+    tensors: dict[str, dict[str, object]]
+    warnings: list[str]
+    written: int
+    seconds: float
+    resumed: int = 0
+    already_published: bool = field(default=False)
+
+
+def summarise(steps: Iterable[Step], sums: Mapping[str, Sums | None]) -> Summary:
+    """Reduce the sums of every tensor to those of the model."""
+    counts: dict[Operation, tuple[int, int]] = {}
+    moved: list[Sums] = []
+    unchanged = elements = 0
+    alpha = 0.0
+    for step in steps:
+        tensors, nbytes = counts.get(step.operation, (0, 0))
+        counts[step.operation] = (tensors + 1, nbytes + step.nbytes)
+        alpha = step.alpha
+        values = sums[step.name]
+        if step.operation == "extrapolate" and values is not None:
+            moved.append(values)
+            elements += step.elements
+            unchanged += values.update == 0
+    return Summary(alpha, counts, unchanged, add(moved) if moved else None, elements)
+
+
+def tensor_record(step: Step, values: Sums | None) -> dict[str, object]:
+    """Return one tensor's record for the manifest."""
+    record: dict[str, object] = {"operation": step.operation, "alpha": step.alpha}
+    if step.operation == "extrapolate" and values is not None:
+        record |= {
+            "norm": values.norm,
+            "ratio": values.ratio,
+            "effective_alpha": values.effective_alpha,
+            "rounding_error": values.rounding_error(step.alpha),
+            "share_changed": values.changed / max(step.elements, 1),
+        }
+    elif step.operation == "keep" and values is not None:
+        record["share_differing"] = values.changed / max(step.elements, 1)
+    return record

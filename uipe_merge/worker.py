@@ -1,0 +1,113 @@
+"""One thread's work on one block: read, compute, write. Buffers are made once and reused.
+
+torch is imported when the first block that needs arithmetic comes; a plan of copies runs
+without it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from uipe_merge.bits import count_differing, same_bytes
+from uipe_merge.guard import Guard
+from uipe_merge.plan import BLOCK, Block, Plan, Step
+from uipe_merge.reader import BlockReader, Pair, widest_input
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from uipe_merge.kernels import Kernels
+    from uipe_merge.output.shard import ShardWriter
+
+
+class BlockResult(NamedTuple):
+    """What came of a block.
+
+    Attributes:
+        block: The block.
+        sums: One entry per cell: the five moments. Empty for copies and casts.
+        sha256: Digest of the shard, if this block was its last.
+    """
+
+    block: Block
+    sums: list[tuple[float, ...]]
+    sha256: str | None
+
+
+class MergeWorker:
+    """Does the blocks of a plan, one at a time."""
+
+    def __init__(
+        self, plan: Plan, pair: Pair, writer: Callable[[int], ShardWriter], block: int = BLOCK
+    ) -> None:
+        """Allocate the buffers of one thread.
+
+        Args:
+            plan: The plan.
+            pair: Where to read.
+            writer: Gives the writer of a shard, by its index in the plan.
+            block: Elements of a block at most.
+        """
+        self._plan = plan
+        self._writer = writer
+        self._reader = BlockReader(pair, widest_input(plan), block)
+        self._guard = Guard(plan, pair)
+        width = max((step.dtype.bits // 8 for step in plan.steps), default=1)
+        self._out = memoryview(bytearray(block * width))
+        self._lazy_kernels: Kernels | None = None
+
+    def __call__(self, block: Block) -> BlockResult:
+        """Read, compute and write one block."""
+        shard = self._plan.shards[block.shard]
+        step = shard.steps[block.step]
+        data, sums = self._produce(step, block)
+        writer = self._writer(block.shard)
+        writer.write(block.sequence, data, step.offset + block.start * (step.dtype.bits // 8))
+        return BlockResult(block, sums, writer.finish(shard.size) if block.last else None)
+
+    def close(self) -> None:
+        """Close the input files."""
+        self._reader.close()
+
+    def _produce(self, step: Step, block: Block) -> tuple[memoryview, list[tuple[float, ...]]]:
+        """Return the output bytes of a block and the sums of its cells."""
+        side = 0 if step.from_original else 1
+        source = self._reader.read(step.source, side, block.start, block.elements)
+        if step.operation == "extrapolate":
+            return self._extrapolate(step, block, source)
+        self._guard.check_bytes(source, step.source, side)
+        if step.operation == "cast":
+            out = self._out_view(step, block)
+            self._kernels().cast(step, source, out)
+            self._guard.check_cast(out, step)
+            return out, []
+        if step.operation == "keep" and step.original is not None:
+            original = self._reader.read(step.original, 0, block.start, block.elements)
+            differing = 0
+            if step.original.dtype == step.dtype and not same_bytes(original, source):
+                differing = count_differing(original, source, step.dtype.bits // 8)
+            return source, [(0.0, 0.0, 0.0, 0.0, float(differing))]
+        return source, []
+
+    def _extrapolate(
+        self, step: Step, block: Block, unlearned: memoryview
+    ) -> tuple[memoryview, list[tuple[float, ...]]]:
+        assert step.original is not None  # noqa: S101 - the plan gives it for this operation
+        original = self._reader.read(step.original, 0, block.start, block.elements)
+        out = self._out_view(step, block)
+        sums: list[tuple[float, ...]] = []
+        for moments, finite in self._kernels().extrapolate(step, original, unlearned, out):
+            if not finite:
+                self._guard.explain(step, self._kernels())
+            sums.append(tuple(moments))
+        return out, sums
+
+    def _out_view(self, step: Step, block: Block) -> memoryview:
+        return self._out[: block.elements * step.dtype.bits // 8]
+
+    def _kernels(self) -> Kernels:
+        if self._lazy_kernels is None:
+            from uipe_merge.kernels import Kernels
+
+            self._lazy_kernels = Kernels()
+        return self._lazy_kernels
