@@ -75,15 +75,6 @@ def write_shards(
     return records
 
 
-def tensor_sums(plan: Plan, records: dict[str, ShardRecord]) -> dict[str, Sums | None]:
-    """Return the sums of every tensor, from the records of the shards."""
-    return {
-        step.name: None if values is None else Sums(*values)
-        for shard in plan.shards
-        for step, values in zip(shard.steps, records[shard.name].moments, strict=True)
-    }
-
-
 def require_unchanged(pair: Pair) -> None:
     """Refuse to publish what was made from inputs that changed meanwhile.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shlex
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,6 @@ from uipe_merge.checkpoint.index import INDEX_NAME
 from uipe_merge.checkpoint.model import open_checkpoint
 from uipe_merge.checkpoint.pair import match, refuse_swapped
 from uipe_merge.checkpoint.storage import LocalFolder
-from uipe_merge.engine import require_unchanged, tensor_sums, write_shards
 from uipe_merge.errors import CorruptInputError, NumericError, listed
 from uipe_merge.output import place
 from uipe_merge.output.card import CARD_NAME, base_models, card_metadata, encode_card
@@ -25,9 +26,10 @@ from uipe_merge.output.sidecars import Sidecar, copy_sidecar, plan_sidecars
 from uipe_merge.output.staging import Staging
 from uipe_merge.plan import NUMERICS, Plan, make_plan
 from uipe_merge.reader import Pair
-from uipe_merge.report import MergeReport, Summary, summarise, tensor_record
+from uipe_merge.report import MergeReport, Summary, Sums, summarise, tensor_record
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from uipe_merge.executors import Executor
@@ -85,22 +87,22 @@ def prepare(
     """Read headers and decide everything; write nothing.
 
     Raises:
-        UipeMergeError: Whatever would keep the merge from beginning, with its exit code.
+        UipeMergeError: Whatever is wrong with the inputs or the arguments, with its exit code.
+            ``require_room`` looks at the output's place and the disk.
     """
     folders = [LocalFolder(original), LocalFolder(unlearned)]
     target = place.resolve(output, [folder.location for folder in folders])
-    pair = Pair(*(open_checkpoint(folder) for folder in folders))
-    refuse_swapped(*pair, base_models(card_metadata(pair.original)))
-    pairing = match(*pair)
-    pairing.require_match(*pair)
-    plan = make_plan(*pair, pairing, recipe)
+    with _collector_paused():
+        pair = Pair(*(open_checkpoint(folder) for folder in folders))
+        refuse_swapped(*pair, base_models(card_metadata(pair.original)))
+        pairing = match(*pair)
+        pairing.require_match(*pair)
+        plan = make_plan(*pair, pairing, recipe)
     sidecars = plan_sidecars(*pair)
     needed = plan.write_bytes + sum(sidecar.size for sidecar in sidecars)
     files = len(plan.shards) + len(sidecars) + 8  # index, card, manifest, journal, lock, …
     space = place.measure(target.parent, needed, files)
-    job = Job(plan, pair, sidecars, target, os.fspath(output), space, overwrite)
-    _require_room(job)
-    return job
+    return Job(plan, pair, sidecars, target, os.fspath(output), space, overwrite)
 
 
 def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress) -> MergeReport:
@@ -118,7 +120,10 @@ def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress
         OutputError: The disk refused something, or another command's run is in the way.
         OutputLockedError: Another run is writing this output.
     """
+    from uipe_merge.engine import require_unchanged, write_shards  # imports numpy
+
     began = time.monotonic()
+    require_room(job)
     staging = Staging(filesystem, job.output)
     identity = _identity(job)
     with hold(staging.partial):
@@ -152,14 +157,39 @@ def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress
     )
 
 
-def _require_room(job: Job) -> None:
-    """Refuse what cannot be published or does not fit, unless an interrupted run is there."""
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keep the garbage collector from walking hundreds of thousands of new tuples.
+
+    Planning makes no cycles; on a model of 100 k tensors this saves a quarter of the time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def require_room(job: Job) -> None:
+    """Refuse what could not be published, or does not fit on the disk.
+
+    What an interrupted run of this very job has written already counts as room.
+
+    Raises:
+        OutputError: Something is at the output path that may not be replaced, or bytes, files
+            or the size a file may have do not suffice.
+    """
     staging = Staging(LocalFileSystem(), job.output)
-    identity = _identity(job)
-    if staging.was_published(identity):
-        return
+    done = 0
+    if staging.partial.exists():
+        identity = _identity(job)
+        if staging.was_published(identity):
+            return
+        done = staging.finished_bytes(identity)
     place.require_replaceable(job.output, job.named, overwrite=job.overwrite)
-    left = job.space._replace(needed=job.space.needed - staging.finished_bytes(identity))
+    left = job.space._replace(needed=job.space.needed - done)
     place.require(left, job.output.parent, max(shard.size for shard in job.plan.shards))
 
 
@@ -187,8 +217,8 @@ def _write_rest(
     for sidecar in job.sidecars:
         files[sidecar.name] = copy_sidecar(filesystem, sidecar, model, dtype)
     documents = {CARD_NAME: encode_card(*job.pair, job.command, summary)}
-    if plan.index_json is not None:
-        documents[INDEX_NAME] = plan.index_json
+    if (index := plan.index_json()) is not None:
+        documents[INDEX_NAME] = index
     for name, content in documents.items():
         write_document(filesystem, model / name, content)
         files[name] = record_of(content)
@@ -232,7 +262,11 @@ def _dtype_changed(job: Job) -> bool:
 def _results(
     plan: Plan, records: dict[str, ShardRecord]
 ) -> tuple[Summary, dict[str, dict[str, object]]]:
-    sums = tensor_sums(plan, records)
+    sums = {
+        step.name: None if values is None else Sums(*values)
+        for shard in plan.shards
+        for step, values in zip(shard.steps, records[shard.name].moments, strict=True)
+    }
     steps = list(plan.steps)
     tensors = {step.name: tensor_record(step, sums[step.name]) for step in steps}
     return summarise(steps, sums), tensors

@@ -121,7 +121,6 @@ class Plan(NamedTuple):
     Attributes:
         recipe: What was asked for.
         shards: The output's weight files.
-        index_json: Bytes of the index file; ``None`` for a single file.
         original: The weight files of the original, with their fingerprints.
         unlearned: The weight files of the unlearned checkpoint.
         warnings: What the user should know before anything is written.
@@ -129,7 +128,6 @@ class Plan(NamedTuple):
 
     recipe: Recipe
     shards: list[Shard]
-    index_json: bytes | None
     original: list[ShardInput]
     unlearned: list[ShardInput]
     warnings: list[str]
@@ -178,8 +176,22 @@ class Plan(NamedTuple):
         for shard in self.shards:
             digest.update(f"\n{shard.name} {shard.size}\n".encode() + shard.header)
             for step in shard.steps:
-                digest.update(json.dumps(step).encode())
+                source, original = step.source, step.original
+                digest.update(
+                    f"{step.operation} {step.alpha.hex()} {step.from_original} "
+                    f"{source.file} {source.offset} {original and original[3:]}\n".encode()
+                )
         return digest.hexdigest()
+
+    def index_json(self) -> bytes | None:
+        """Return the bytes of the index file; ``None`` for a single weight file."""
+        if len(self.shards) == 1:
+            return None
+        return encode_index(
+            {step.name: shard.name for shard in self.shards for step in shard.steps},
+            sum(step.nbytes for step in self.steps),
+            sum(step.elements for step in self.steps),
+        )
 
 
 def make_plan(
@@ -193,16 +205,8 @@ def make_plan(
     drafts = [_draft(pairing, name, recipe) for name in unlearned.tensors]
     grouped = list(_layout(drafts, unlearned, recipe.max_shard_bytes))
     shards = [_place(name, group) for name, group in grouped]
-    index = None
-    if len(shards) > 1:
-        steps = [(shard.name, step) for shard in shards for step in shard.steps]
-        index = encode_index(
-            {step.name: shard for shard, step in steps},
-            sum(step.nbytes for _, step in steps),
-            sum(step.elements for _, step in steps),
-        )
     warnings = [*original.warnings, *unlearned.warnings, *pairing.warnings]
-    return Plan(recipe, shards, index, original.shards, unlearned.shards, warnings)
+    return Plan(recipe, shards, original.shards, unlearned.shards, warnings)
 
 
 def _draft(pairing: Pairing, name: str, recipe: Recipe) -> Step:
@@ -269,7 +273,7 @@ def _place(name: str, drafts: list[Step]) -> Shard:
     steps: list[Step] = []
     position = len(header)
     for step in drafts:
-        steps.append(step._replace(offset=position))
+        steps.append(Step(*step[:6], position, *step[7:]))
         position += step.nbytes
     return Shard(name, header, steps, position)
 

@@ -107,11 +107,13 @@ def refuse_quantised(
             file=location,
             remedy=_DEQUANTISE,
         )
+    endings = tuple(_CODE_SUFFIXES)
     for name, spec in tensors.items():
-        for suffix, method in _CODE_SUFFIXES.items():
-            if name.endswith(suffix) and _is_code(name, suffix, spec, tensors):
+        if name.endswith(endings):
+            suffix = next(ending for ending in endings if name.endswith(ending))
+            if _is_code(name, suffix, spec, tensors):
                 raise IncompatibleModelsError(
-                    f"marks a checkpoint quantised as {method}",
+                    f"marks a checkpoint quantised as {_CODE_SUFFIXES[suffix]}",
                     file=location,
                     tensor=name,
                     remedy=_DEQUANTISE,

@@ -8,8 +8,8 @@ the safetensors library accepts and decodes equally; it refuses more (see the ch
 from __future__ import annotations
 
 import hashlib
-import json
 import struct
+from json.encoder import encode_basestring
 from typing import TYPE_CHECKING, NamedTuple
 
 from uipe_merge.checkpoint import strict_json
@@ -28,7 +28,8 @@ MAX_TENSORS = 500_000
 """More tensors in one shard than any model has; a longer list only exhausts memory."""
 
 _LENGTH = struct.Struct("<Q")
-_MAX_ELEMENTS = 2**63 - 1
+_MOST_BITS = 2**63 - 1
+_FIELDS = {"dtype", "shape", "data_offsets"}
 _AGAIN = "download the file again (`hf cache verify` finds the damaged ones)"
 
 _MAGIC = (
@@ -155,35 +156,36 @@ def _check_metadata(metadata: object) -> None:
 def _spec(name: str, entry: object, file: str, data: int) -> TensorSpec:
     if not name.isprintable() and escape(name) != name:
         raise _HeaderError("its name holds control characters", name)
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         raise _HeaderError("is not described by dtype, shape and data_offsets", name)
-    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype = DTYPES.get(code) if type(code) is str else None
     if dtype is None:
-        raise _HeaderError(f"has the unknown dtype {str(entry['dtype'])[:30]!r}", name)
-    shape = entry["shape"]
-    if not isinstance(shape, list) or not all(type(size) is int for size in shape):
-        raise _HeaderError("its shape is not a list of natural numbers", name)
-    offsets = entry["data_offsets"]
-    if (
-        not isinstance(offsets, list)
-        or len(offsets) != 2
-        or not all(type(offset) is int for offset in offsets)
-    ):
+        raise _HeaderError(f"has the unknown dtype {str(code)[:30]!r}", name)
+    if type(offsets) is not list or [type(offset) for offset in offsets] != [int, int]:
         raise _HeaderError("its data_offsets are not two natural numbers", name)
     begin, end = offsets
-    elements, bound = 1, 1
-    for dimension in shape:
-        elements *= dimension
-        bound *= dimension or 1  # [0, 2**63] is 0 elements, yet no product to compute with
-        if bound * dtype.bits > _MAX_ELEMENTS:
-            raise _HeaderError(f"its shape {shape!s:.60} overflows", name)
-    if (end - begin) * 8 != elements * dtype.bits:
+    bits = _bits(name, dtype, shape)
+    if (end - begin) * 8 != bits:
         raise _HeaderError(
-            f"has {end - begin} bytes, but {dtype.name} {shape!s:.60} needs "
-            f"{elements * dtype.bits / 8:g}",
-            name,
+            f"has {end - begin} bytes, but {code} {shape!s:.60} needs {bits / 8:g}", name
         )
     return TensorSpec(name, dtype, tuple(shape), file, data + begin, end - begin)
+
+
+def _bits(name: str, dtype: DType, shape: object) -> int:
+    """Return the bits of all elements, refusing a product that 64 bits cannot hold."""
+    if type(shape) is not list:
+        raise _HeaderError("its shape is not a list of natural numbers", name)
+    bits = bound = dtype.bits
+    for dimension in shape:
+        if type(dimension) is not int:
+            raise _HeaderError("its shape is not a list of natural numbers", name)
+        bits *= dimension
+        bound *= dimension or 1  # [0, 2**63] is 0 elements, yet no product to compute with
+        if bound > _MOST_BITS:
+            raise _HeaderError(f"its shape {shape!s:.60} overflows", name)
+    return bits
 
 
 def encode_header(tensors: Iterable[tuple[str, DType, tuple[int, ...], int]]) -> bytes:
@@ -192,15 +194,15 @@ def encode_header(tensors: Iterable[tuple[str, DType, tuple[int, ...], int]]) ->
     The metadata is ``{"format": "pt"}``, which transformers demands, and the JSON is padded
     with spaces so that the first tensor begins at a multiple of 8.
     """
-    document: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries = ['{"__metadata__":{"format":"pt"}']
     position = 0
     for name, dtype, shape, nbytes in tensors:
-        document[name] = {
-            "dtype": dtype.name,
-            "shape": list(shape),
-            "data_offsets": [position, position + nbytes],
-        }
+        entries.append(
+            f'{encode_basestring(name)}:{{"dtype":"{dtype.name}",'
+            f'"shape":[{",".join(map(str, shape))}],'
+            f'"data_offsets":[{position},{position + nbytes}]}}'
+        )
         position += nbytes
-    raw = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+    raw = (",".join(entries) + "}").encode()
     raw += b" " * (-len(raw) % 8)
     return _LENGTH.pack(len(raw)) + raw

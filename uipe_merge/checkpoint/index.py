@@ -45,25 +45,34 @@ def read_index(folder: Folder, name: str) -> Index:
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptInputError("has no weight_map from tensors to shards", file=shown)
-    for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or not shard:
-            raise CorruptInputError("is mapped to no file name", file=shown, tensor=tensor)
-        if shard in (".", "..") or any(character in shard for character in "/\\:\0"):
-            raise UnsafeInputError(
-                f"its shard '{shard}' is not a plain file name",
-                file=shown,
-                tensor=tensor,
-                remedy="an index may only name files beside it: do not trust this checkpoint",
-            )
-        if not shard.endswith(".safetensors"):
-            raise CorruptInputError(
-                f"its shard '{shard}' is not a .safetensors file", file=shown, tensor=tensor
-            )
+    # Far fewer shards than tensors: check each name once, with a tensor to blame.
+    for shard, tensor in {_key(shard): tensor for tensor, shard in weight_map.items()}.items():
+        _check_name(shard, shown, tensor)
     metadata = document.get("metadata") if isinstance(document, dict) else None
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if not isinstance(total, int | float) or not math.isfinite(total):
         total = None
     return Index(weight_map, None if total is None else int(total))
+
+
+def _key(shard: object) -> str:
+    return shard if isinstance(shard, str) else ""
+
+
+def _check_name(shard: str, shown: str, tensor: str) -> None:
+    if not shard:
+        raise CorruptInputError("is mapped to no file name", file=shown, tensor=tensor)
+    if shard in (".", "..") or any(character in shard for character in "/\\:\0"):
+        raise UnsafeInputError(
+            f"its shard '{shard}' is not a plain file name",
+            file=shown,
+            tensor=tensor,
+            remedy="an index may only name files beside it: do not trust this checkpoint",
+        )
+    if not shard.endswith(".safetensors"):
+        raise CorruptInputError(
+            f"its shard '{shard}' is not a .safetensors file", file=shown, tensor=tensor
+        )
 
 
 def encode_index(weight_map: Mapping[str, str], total_size: int, total_parameters: int) -> bytes:

@@ -83,7 +83,7 @@ def match(original: Checkpoint, unlearned: Checkpoint) -> Pairing:
                 f"tensor '{name}' is {list(other.shape)} in {original.location} and "
                 f"{list(spec.shape)} in {unlearned.location}{_rows_hint(other, spec)}"
             )
-        elif other.dtype.computes != spec.dtype.computes or other.dtype.lanes != spec.dtype.lanes:
+        elif other.dtype != spec.dtype and not _comparable(other, spec):
             mismatches.append(
                 f"tensor '{name}' is {other.dtype.name} in {original.location} and "
                 f"{spec.dtype.name} in {unlearned.location}"
@@ -152,6 +152,10 @@ def _tied(config: Mapping[str, object]) -> bool:
 def _embedding(tensors: Mapping[str, TensorSpec]) -> TensorSpec | None:
     found = [spec for name, spec in tensors.items() if _EMBEDDING.search(name)]
     return found[0] if len(found) == 1 else None
+
+
+def _comparable(one: TensorSpec, two: TensorSpec) -> bool:
+    return one.dtype.computes == two.dtype.computes and one.dtype.lanes == two.dtype.lanes
 
 
 def _rows_hint(one: TensorSpec, two: TensorSpec) -> str:

@@ -8,9 +8,10 @@ refused here.
 from __future__ import annotations
 
 import json
+import re
 from typing import Never
 
-_LONGEST_INTEGER = 20  # digits of 2**64, more cannot be an offset or a dimension
+_MAYBE_NEGATIVE = re.compile(r"[\[,:]\s*-")
 
 
 class StrictJsonError(ValueError):
@@ -22,8 +23,8 @@ def loads(raw: bytes, *, naturals_only: bool = True) -> object:
 
     Args:
         raw: The text.
-        naturals_only: Refuse every number that is not a natural one of 64 bits, as headers
-            demand. Indexes and manifests hold other numbers too.
+        naturals_only: Refuse every number that is not a natural one, as headers demand.
+            Indexes and manifests hold other numbers too.
 
     Raises:
         StrictJsonError: On malformed JSON, a byte-order mark, a duplicate key, a number
@@ -31,7 +32,12 @@ def loads(raw: bytes, *, naturals_only: bool = True) -> object:
     """
     try:
         text = raw.decode("utf-8")
-        parsed: object = (_HEADER if naturals_only else _DOCUMENT).decode(text)
+        decoder = _DOCUMENT
+        if naturals_only:
+            # Looking at every integer is slow, and only needed where one may be negative.
+            negative = "-" in text and _MAYBE_NEGATIVE.search(text)
+            decoder = _CAREFUL_HEADER if negative else _HEADER
+        parsed: object = decoder.decode(text)
     except UnicodeDecodeError as error:
         raise StrictJsonError(f"byte {error.start} is not UTF-8") from None
     except RecursionError:
@@ -57,8 +63,8 @@ def _pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _natural(literal: str) -> int:
-    if literal.startswith("-") or len(literal) > _LONGEST_INTEGER:
-        raise StrictJsonError(f"{literal[:30]} is not a natural number of 64 bits")
+    if literal.startswith("-"):
+        raise StrictJsonError(f"{literal[:30]} is not a natural number")
     return int(literal)
 
 
@@ -82,7 +88,8 @@ def _refuse_surrogates(value: object) -> None:
 
 
 _DOCUMENT = json.JSONDecoder(object_pairs_hook=_pairs)
-_HEADER = json.JSONDecoder(
+_HEADER = json.JSONDecoder(object_pairs_hook=_pairs, parse_float=_refuse, parse_constant=_refuse)
+_CAREFUL_HEADER = json.JSONDecoder(
     object_pairs_hook=_pairs,
     parse_int=_natural,
     parse_float=_refuse,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from uipe_merge.progress import Progress
+
+
+_PIPE_WIDTH = 240
+"""Columns of a table in a file or a pipe, where nothing has to be folded."""
 
 
 class Output:
@@ -38,6 +43,8 @@ class Output:
         self.verbose = verbose
         self.as_json = as_json
         self._stdout = Console(highlight=False, soft_wrap=True)
+        if not self._stdout.is_terminal and "COLUMNS" not in os.environ:
+            self._stdout.width = _PIPE_WIDTH
         self._stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def data(self, value: object) -> None:
@@ -68,9 +75,8 @@ class Output:
         """Print a table of data on stdout; the first column is text, the rest are numbers."""
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for number, column in enumerate(columns):
-            table.add_column(
-                column, justify="right" if number else "left", overflow="fold", no_wrap=False
-            )
+            # A name is never cut: it is what the reader looks for.
+            table.add_column(column, justify="right" if number else "left", no_wrap=number == 0)
         for row in rows:
             table.add_row(*(escape_markup(escape(cell)) for cell in row))
         self._stdout.print(table, soft_wrap=False)

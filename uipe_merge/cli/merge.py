@@ -61,6 +61,7 @@ def merge(
     executor = make_executor(threads)
     if dry_run:
         _show_plan(out, prepared, executor.width)
+        job.require_room(prepared)
         return
     report = job.run(prepared, executor, LocalFileSystem(), out.progress())
     _show_report(out, report)
