@@ -1,13 +1,16 @@
 """Shared by the tests: tiny checkpoints, hostile files, and the program as a subprocess."""
 
+import io
 import json
 import os
 import struct
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -29,8 +32,12 @@ def run_cli(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     timeout: float = 120,
+    before: Callable[[], None] | None = None,
 ) -> Result:
-    """Run ``uipe-merge`` as a user does; a hang fails the test."""
+    """Run ``uipe-merge`` as a user does; a hang fails the test.
+
+    ``before`` runs in the child first, to give up a privilege or set a limit there.
+    """
     finished = subprocess.run(
         [sys.executable, "-m", "uipe_merge", *map(os.fspath, map(_text, arguments))],
         capture_output=True,
@@ -39,9 +46,21 @@ def run_cli(
         timeout=timeout,
         check=False,
         stdin=subprocess.DEVNULL,
+        preexec_fn=before,
     )
     out, err = (stream.decode("utf-8", "replace") for stream in (finished.stdout, finished.stderr))
     return Result(finished.returncode, out, err)
+
+
+def run_here(*arguments: object) -> Result:
+    """The command line in this process: all but ``main``, and no start to wait for."""
+    from uipe_merge.cli.app import _run
+
+    out, err = io.StringIO(), io.StringIO()
+    environment = patch.dict(os.environ, {"NO_COLOR": "1", "COLUMNS": "200"})
+    with environment, redirect_stdout(out), redirect_stderr(err):
+        code = _run([os.fsdecode(_text(argument)) for argument in arguments])
+    return Result(code, out.getvalue(), err.getvalue())
 
 
 def _text(value: object) -> str | bytes | os.PathLike[str]:
@@ -76,7 +95,9 @@ def moved(
     generator = torch.Generator().manual_seed(seed)
     return {
         name: (
-            (tensor.double() + torch.randn(tensor.shape, generator=generator) * size).to(tensor.dtype)
+            (tensor.double() + torch.randn(tensor.shape, generator=generator) * size).to(
+                tensor.dtype
+            )
             if tensor.is_floating_point()
             else tensor.clone()
         )
@@ -118,7 +139,9 @@ def write_checkpoint(
     return path
 
 
-def write_pair(root: Path, *, shards: int = 1, dtype: torch.dtype = torch.bfloat16) -> tuple[Path, Path]:
+def write_pair(
+    root: Path, *, shards: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Path, Path]:
     """Write ``original`` and ``unlearned`` under ``root`` and return the two."""
     tensors = random_tensors(dtype=dtype)
     original = write_checkpoint(root / "original", tensors, shards=shards)

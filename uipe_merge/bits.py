@@ -51,11 +51,13 @@ class BitScanner:
             hits = self._hits[: len(chunk)]
             np.bitwise_and(chunk, mask, out=masked[: len(chunk)])
             np.equal(masked[: len(chunk)], pattern, out=hits)
-            found = int(np.count_nonzero(hits))
-            if found and first < 0:
-                first = start + int(hits.argmax())
-            count += found
-        return NonFinite(count, first // dtype.lanes) if count else None
+            if not hits.any():
+                continue
+            elements = hits.reshape(-1, dtype.lanes).any(axis=1)
+            if first < 0:
+                first = start // dtype.lanes + int(elements.argmax())
+            count += int(np.count_nonzero(elements))
+        return NonFinite(count, first) if count else None
 
 
 def same_bytes(one: memoryview, two: memoryview) -> bool:
@@ -72,7 +74,14 @@ def same_bytes(one: memoryview, two: memoryview) -> bool:
 
 
 def count_differing(one: memoryview, two: memoryview, size: int) -> int:
-    """Count the elements of ``size`` bytes in which two pieces of equal length differ."""
+    """Count the elements of ``size`` bytes in which ``two`` differs from ``one``.
+
+    Where the elements of ``one`` have another width, all differ.
+    """
+    if len(one) != len(two):
+        return len(two) // size
+    if same_bytes(one, two):
+        return 0
     first, second = np.frombuffer(one, np.uint8), np.frombuffer(two, np.uint8)
     return int(np.count_nonzero((first != second).reshape(-1, size).any(axis=1)))
 

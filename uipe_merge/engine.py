@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from uipe_merge.errors import OutputError
 from uipe_merge.output.journal import ShardRecord
 from uipe_merge.output.shard import ShardAborted, ShardWriter
 from uipe_merge.plan import BLOCK, Block, Plan, blocks
@@ -72,6 +74,7 @@ def write_shards(
         raise
     finally:
         results.close()
+        desk.close()
     return records
 
 
@@ -133,6 +136,12 @@ class _Desk:
             for writer in self._writers.values():
                 writer.abort()
             return self._failure
+
+    def close(self) -> None:
+        """Close the files of shards that were not finished, when all workers have ended."""
+        for writer in self._writers.values():
+            with suppress(OutputError):  # what made the run fail is the error to report
+                writer.close()
 
 
 class _GuardedWorker:

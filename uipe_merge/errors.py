@@ -25,8 +25,14 @@ from typing import TYPE_CHECKING, ClassVar
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+_BREAKS = ("Zl", "Zp")  # the Unicode line and paragraph separators
+
 LISTED = 20
 """How many of the mismatches a one-line message names before it counts the rest."""
+
+
+_LONGEST_NAME, _LONGEST_MESSAGE = 500, 10_000
+"""Characters; a hostile file may have a name of megabytes."""
 
 
 class UipeMergeError(Exception):
@@ -60,8 +66,8 @@ class UipeMergeError(Exception):
         """One line: file, tensor, message, remedy."""
         where = [] if self.file is None else [self.file]
         if self.tensor is not None:
-            where.append(f"tensor '{self.tensor}'")
-        line = ": ".join([*where, self.message])
+            where.append(f"tensor '{_shortened(self.tensor, _LONGEST_NAME)}'")
+        line = ": ".join([*where, _shortened(self.message, _LONGEST_MESSAGE)])
         if self.remedy is not None:
             line = f"{line}; {self.remedy}"
         return escape(line)
@@ -115,13 +121,19 @@ class OutputLockedError(UipeMergeError):
     exit_code = 9
 
 
+def _shortened(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    return f"{text[:most]}… ({len(text)} characters)"
+
+
 def escape(text: str) -> str:
-    """Return ``text`` with its control, format and surrogate characters escaped."""
+    """Return ``text`` with its control, format, surrogate and line-breaking characters escaped."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(
         character
-        if unicodedata.category(character)[0] != "C"
+        if (category := unicodedata.category(character))[0] != "C" and category not in _BREAKS
         else character.encode("unicode_escape").decode("ascii")
         for character in text
     )

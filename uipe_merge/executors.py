@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import os
 import queue
+import resource
 import threading
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
+
+_FILES_A_THREAD = 4  # two inputs, an output, and one a library opens meanwhile
+_COMMON_FILES = 8  # the three streams, the lock, the journal, a directory being synced
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -134,8 +138,10 @@ class _Crew(Generic[Item, Result]):
             raise failure
 
     def _take(self) -> Iterator[Item]:
-        while not self.stop.is_set():
+        while True:
             with self._taking:
+                if self.stop.is_set():
+                    return
                 try:
                     item = next(self._items)
                 except StopIteration:
@@ -152,5 +158,13 @@ class _Done(Generic[Result]):
 
 def make_executor(threads: int | None) -> Executor:
     """Return an executor of the given width, or of one that suits this machine."""
-    width = threads or min(len(os.sched_getaffinity(0)), MOST_THREADS)
+    width = threads or min(len(os.sched_getaffinity(0)), MOST_THREADS, _affordable_threads())
     return Serial() if width == 1 else Threads(width)
+
+
+def _affordable_threads() -> int:
+    """Return the threads whose files fit under the limit of open files, at least 1."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return MOST_THREADS
+    return max((limit - _COMMON_FILES) // _FILES_A_THREAD, 1)

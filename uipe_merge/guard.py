@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from uipe_merge.bits import BitScanner, NonFinite, combine
+from uipe_merge.checkpoint.dtypes import DTYPES
 from uipe_merge.errors import NumericError
 from uipe_merge.plan import BLOCK, Plan, Step
 from uipe_merge.reader import BlockReader, Pair, widest_input
@@ -37,14 +38,14 @@ class Guard:
         if self._scanner.scan(data, spec.dtype) is not None:
             self._refuse_inputs([(spec, side)])
 
-    def check_cast(self, data: memoryview, step: Step) -> None:
+    def check_cast(self, data: memoryview, step: Step, kernels: Kernels) -> None:
         """Look at the bits of a converted block.
 
         Raises:
             NumericError: A value does not fit into the output type.
         """
-        if (found := self._scanner.scan(data, step.dtype)) is not None:
-            raise _overflow(step, found.total, None)
+        if self._scanner.scan(data, step.dtype) is not None:
+            self._refuse_overflow(step._replace(original=step.source), kernels)
 
     def explain(self, step: Step, kernels: Kernels) -> None:
         """Find out why moments are not finite: an input, the result, or only their squares.
@@ -57,18 +58,7 @@ class Guard:
         if self._cleared == step.name:
             return
         self.check_inputs(step)
-        count, largest = 0, 0.0
-        reader = BlockReader(self._pair, widest_input(self._plan), BLOCK)
-        try:
-            for start, unlearned in reader.pieces(step.source, 1):
-                elements = len(unlearned) * 8 // step.source.dtype.bits
-                original = reader.read(step.original or step.source, 0, start, elements)
-                over, most = kernels.overflow(step, original, unlearned)
-                count, largest = count + over, max(largest, most)
-        finally:
-            reader.close()
-        if count:
-            raise _overflow(step, count, largest)
+        self._refuse_overflow(step, kernels)
         self._cleared = step.name
 
     def check_inputs(self, step: Step) -> None:
@@ -81,6 +71,24 @@ class Guard:
         if self._finite_inputs != step.name:
             self._refuse_inputs([(step.original, 0), (step.source, 1)])
             self._finite_inputs = step.name
+
+    def _refuse_overflow(self, step: Step, kernels: Kernels) -> None:
+        """Go over the whole tensor again; refuse it if the output type cannot hold it."""
+        assert step.original is not None  # noqa: S101 - given by the plan, or by check_cast
+        side = 0 if step.from_original else 1
+        count, largest = 0, 0.0
+        reader = BlockReader(self._pair, widest_input(self._plan), BLOCK)
+        try:
+            for start, source in reader.pieces(step.source, side):
+                elements = len(source) * 8 // step.source.dtype.bits
+                cast = step.operation == "cast"
+                original = source if cast else reader.read(step.original, 0, start, elements)
+                over, most = kernels.overflow(step, original, source)
+                count, largest = count + over, max(largest, most)
+        finally:
+            reader.close()
+        if count:
+            raise _overflow(f"{self._pair[side].location}/{step.source.file}", step, count, largest)
 
     def _refuse_inputs(self, tensors: list[tuple[TensorSpec, int]]) -> None:
         reader = BlockReader(self._pair, widest_input(self._plan), BLOCK)
@@ -105,10 +113,16 @@ def _not_finite(location: str, spec: TensorSpec, found: NonFinite) -> NumericErr
     )
 
 
-def _overflow(step: Step, count: int, largest: float | None) -> NumericError:
-    reached = "" if largest is None else f", the largest at {largest:g}"
+def _overflow(file: str, step: Step, count: int, largest: float) -> NumericError:
+    remedies = ["choose a smaller alpha"] if step.operation == "extrapolate" else []
+    if step.dtype == DTYPES["F16"]:
+        remedies.append("write with --dtype bfloat16 or float32")
+    elif step.dtype != step.source.dtype:
+        remedies.append("keep the stored type with --dtype auto")
     return NumericError(
-        f"{count} values do not fit into {step.dtype.name} at alpha {step.alpha:g}{reached}",
+        f"{count} values do not fit into {step.dtype.name} at alpha {step.alpha:g}, the largest "
+        f"at {largest:g}",
+        file=file,
         tensor=step.name,
-        remedy="choose a smaller alpha, or --dtype bfloat16 or float32",
+        remedy=", or ".join(remedies),
     )

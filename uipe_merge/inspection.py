@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from uipe_merge.bits import count_differing, same_bytes
+from uipe_merge.bits import count_differing
 from uipe_merge.checkpoint.model import open_checkpoint
 from uipe_merge.checkpoint.pair import match
 from uipe_merge.checkpoint.storage import LocalFolder
@@ -15,7 +14,7 @@ from uipe_merge.naming import Place, place
 from uipe_merge.plan import BLOCK, Block, Plan, blocks, make_plan
 from uipe_merge.reader import BlockReader, Pair, widest_input
 from uipe_merge.recipe import Recipe
-from uipe_merge.report import TOLERANCE
+from uipe_merge.report import TOLERANCE, exact_sum, quotient, root
 
 if TYPE_CHECKING:
     import os
@@ -35,7 +34,7 @@ class Group(NamedTuple):
 
     Attributes:
         tensors: How many.
-        elements: Their elements.
+        elements: Their elements; complex ones count twice.
         update: ‖v‖².
         unlearned: ‖θᵤ‖².
         differing: Elements with v ≠ 0.
@@ -61,14 +60,14 @@ class Group(NamedTuple):
         }
 
     @property
-    def norm(self) -> float:
-        """‖v‖."""
-        return math.sqrt(self.update)
+    def norm(self) -> float | None:
+        """‖v‖; ``None`` where its square overflows float64."""
+        return root(self.update)
 
     @property
     def ratio(self) -> float | None:
         """‖v‖/‖θᵤ‖; ``None`` where θᵤ is zero."""
-        return math.sqrt(self.update / self.unlearned) if self.unlearned else None
+        return root(quotient(self.update, self.unlearned))
 
     @property
     def share_changed(self) -> float:
@@ -78,10 +77,7 @@ class Group(NamedTuple):
     @property
     def effective_alphas(self) -> tuple[float | None, ...]:
         """The α each α tried would come out as; ``None`` where v is zero or it overflows."""
-        usable = self.update > 0
-        return tuple(
-            along / self.update if usable and math.isfinite(along) else None for along in self.along
-        )
+        return tuple(quotient(along, self.update) for along in self.along)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +197,7 @@ def inspect_pair(
         kinds=_grouped(moved, rows, alphas, lambda name: place(name).kind),
         cells=_grouped(moved, rows, alphas, place),
         total=_group(moved, rows, alphas),
-        zero=[name for name, group in tensors.items() if group.update == 0],
+        zero=[name for name, group in tensors.items() if not group.differing],
         differing_integers=[step.name for step in kept if any(row[2] for row in rows[step.name])],
         mismatches=pairing.mismatches,
         warnings=plan.warnings,
@@ -229,9 +225,7 @@ class InspectWorker:
         original = self._reader.read(step.original, 0, block.start, block.elements)
         unlearned = self._reader.read(step.source, 1, block.start, block.elements)
         if step.operation == "keep":
-            differing = 0
-            if not (step.original.dtype == step.source.dtype and same_bytes(original, unlearned)):
-                differing = count_differing(original, unlearned, step.source.dtype.bits // 8)
+            differing = count_differing(original, unlearned, step.source.dtype.bits // 8)
             return block, [(0.0, 0.0, float(differing))]
         rows = []
         out = self._out[: block.elements * step.dtype.bits // 8]
@@ -266,12 +260,7 @@ def _group(
     steps: list[Step], rows: dict[str, list[tuple[float, ...]]], alphas: tuple[float, ...]
 ) -> Group:
     everything = [row for step in steps for row in rows.get(step.name, [])]
-    columns = [_sum(column) for column in zip(*everything, strict=True)]
+    columns = [exact_sum(column) for column in zip(*everything, strict=True)]
     update, unlearned, differing, *along = columns or [0.0] * (3 + len(alphas))
-    elements = sum(step.elements for step in steps)
+    elements = sum(step.elements * step.dtype.lanes for step in steps)
     return Group(len(steps), elements, update, unlearned, differing, tuple(along))
-
-
-def _sum(column: tuple[float, ...]) -> float:
-    # fsum is exact, hence independent of the order, but raises where infinities meet.
-    return math.fsum(column) if all(map(math.isfinite, column)) else math.inf

@@ -67,7 +67,7 @@ class Job:
     def command(self) -> str:
         """The command line that makes this output."""
         recipe = self.plan.recipe
-        words = ["uipe-merge", *(checkpoint.location for checkpoint in self.pair)]
+        words = ["uipe-merge", *(_operand(checkpoint.location) for checkpoint in self.pair)]
         words += ["--alpha", repr(recipe.alpha).removesuffix(".0"), "-o", self.named]
         if recipe.dtype != "auto":
             words += ["--dtype", recipe.dtype]
@@ -130,8 +130,9 @@ def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress
         if staging.was_published(identity):
             records = staging.journal.shards()
             resumed = len(records)
-            staging.clean()
+            staging.settle()
         else:
+            staging.restore()
             place.require_replaceable(job.output, job.named, overwrite=job.overwrite)
             staging.begin(identity, overwrite=job.overwrite)
             resumed = len(staging.done)
@@ -157,6 +158,11 @@ def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress
     )
 
 
+def _operand(path: str) -> str:
+    """Return a path that the command line cannot take for an option."""
+    return f"./{path}" if path.startswith("-") else path
+
+
 @contextmanager
 def _collector_paused() -> Iterator[None]:
     """Keep the garbage collector from walking hundreds of thousands of new tuples.
@@ -175,22 +181,33 @@ def _collector_paused() -> Iterator[None]:
 def require_room(job: Job) -> None:
     """Refuse what could not be published, or does not fit on the disk.
 
-    What an interrupted run of this very job has written already counts as room.
+    What an interrupted run has written counts as room: it is kept, or removed first.
 
     Raises:
         OutputError: Something is at the output path that may not be replaced, or bytes, files
             or the size a file may have do not suffice.
     """
     staging = Staging(LocalFileSystem(), job.output)
-    done = 0
+    nbytes = files = 0
     if staging.partial.exists():
         identity = _identity(job)
         if staging.was_published(identity):
             return
-        done = staging.finished_bytes(identity)
+        nbytes, files = staging.held(identity)
     place.require_replaceable(job.output, job.named, overwrite=job.overwrite)
-    left = job.space._replace(needed=job.space.needed - done)
+    left = job.space._replace(needed=job.space.needed - nbytes, files=job.space.files - files)
     place.require(left, job.output.parent, max(shard.size for shard in job.plan.shards))
+
+
+def require_startable(job: Job) -> None:
+    """Refuse all that ``run`` would refuse before it writes anything.
+
+    Raises:
+        OutputError: See ``require_room``; or an interrupted run of another command is there.
+    """
+    require_room(job)
+    if not job.overwrite:
+        Staging(LocalFileSystem(), job.output).require_own(_identity(job))
 
 
 def _identity(job: Job) -> dict[str, object]:
@@ -213,7 +230,7 @@ def _write_rest(
     summary, tensors = _results(plan, records)
     files = {record.name: FileRecord(record.size, record.sha256) for record in records.values()}
     recipe = plan.recipe
-    dtype = recipe.dtype if _dtype_changed(job) else None
+    dtype = recipe.dtype if recipe.dtype != "auto" and _dtype_changed(job) else None
     for sidecar in job.sidecars:
         files[sidecar.name] = copy_sidecar(filesystem, sidecar, model, dtype)
     documents = {CARD_NAME: encode_card(*job.pair, job.command, summary)}

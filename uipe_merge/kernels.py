@@ -81,8 +81,9 @@ class Kernels:
         for piece in pieces(step, original, unlearned, out):
             if piece.unchanged:
                 moments = cell.keep(piece.unlearned, piece.out)
-                yield (0.0, moments.unlearned, 0.0, *(0.0 for _ in alphas)), moments.finite()
-                continue
+                if moments.finite():
+                    yield (0.0, moments.unlearned, 0.0, *(0.0 for _ in alphas)), True
+                    continue
             cell.load(piece.original, piece.unlearned)
             tried = []
             for alpha in alphas:
@@ -97,7 +98,10 @@ class Kernels:
     def overflow(
         self, step: Step, original: memoryview, unlearned: memoryview
     ) -> tuple[int, float]:
-        """Count the results that the output type cannot hold; also the largest magnitude."""
+        """Count the results that the output type cannot hold; also the largest magnitude.
+
+        For a cast, both inputs are its source.
+        """
         cell = self._cell(step)
         elements = len(unlearned) * 8 // step.source.dtype.bits
         out = memoryview(bytearray(elements * step.dtype.bits // 8))

@@ -12,7 +12,7 @@ from uipe_merge.errors import NumericError, RecipeError, UsageError
 ALPHA_LIMIT = 2.0**24
 """From here on θᵤ is smaller than the rounding of α·v in float32 and is lost in the sum."""
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -26,29 +26,50 @@ class Sums(NamedTuple):
     changed: float = 0.0
 
     @property
-    def norm(self) -> float:
-        """‖v‖."""
-        return math.sqrt(self.update)
+    def norm(self) -> float | None:
+        """‖v‖; ``None`` where its square overflows float64."""
+        return root(self.update)
 
     @property
     def ratio(self) -> float | None:
         """‖v‖/‖θᵤ‖; ``None`` where θᵤ is zero."""
-        return math.sqrt(self.update / self.unlearned) if self.unlearned else None
+        return root(quotient(self.update, self.unlearned))
 
     @property
     def effective_alpha(self) -> float | None:
         """⟨θ_out − θᵤ, v⟩/‖v‖²; ``None`` where v is zero."""
-        return self.along / self.update if self.update else None
+        return quotient(self.along, self.update)
 
     def rounding_error(self, alpha: float) -> float | None:
         """‖θ_out − θᵤ − α·v‖/‖α·v‖; ``None`` where the step is zero."""
-        step = alpha * alpha * self.update
-        return math.sqrt(self.error / step) if step else None
+        return root(quotient(self.error, alpha * alpha * self.update))
+
+
+def root(square: float | None) -> float | None:
+    """Return the square root; ``None`` where there is no number to take it of."""
+    return math.sqrt(square) if square is not None and math.isfinite(square) else None
+
+
+def quotient(one: float, two: float) -> float | None:
+    """Divide; ``None`` where the divisor is zero or a sum overflowed."""
+    return one / two if two and math.isfinite(one) and math.isfinite(two) else None
+
+
+def exact_sum(column: Iterable[float]) -> float:
+    """Add, exactly rounded, so that the result does not depend on the order.
+
+    Infinite where the sum overflows or a summand is not finite.
+    """
+    try:
+        total = math.fsum(column)
+    except (OverflowError, ValueError):  # too large on the way; infinities of both signs
+        return math.inf
+    return total if math.isfinite(total) else math.inf
 
 
 def add(groups: Iterable[Sums]) -> Sums:
-    """Add sums, exactly rounded, so that the result does not depend on their order."""
-    return Sums(*(math.fsum(column) for column in zip(*groups, strict=True)))
+    """Add sums, column by column."""
+    return Sums(*map(exact_sum, zip(*groups, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +81,7 @@ class Summary:
         tensors: ``(tensors, bytes)`` by operation.
         unchanged: Extrapolated tensors whose update is zero.
         total: Sums over the extrapolated tensors; ``None`` where there are none.
-        elements: Elements of the extrapolated tensors.
+        elements: Elements of the extrapolated tensors; complex ones count twice.
     """
 
     alpha: float
@@ -101,8 +122,8 @@ class Summary:
                     "output equals both; check that the right directories were named"
                 )
             ]
-        effective = self.total.effective_alpha or 0.0
-        if abs(effective - self.alpha) <= TOLERANCE * abs(self.alpha):
+        effective = self.total.effective_alpha
+        if effective is None or abs(effective - self.alpha) <= TOLERANCE * abs(self.alpha):
             return []
         lost = 1 - self.total.changed / self.elements
         return [
@@ -149,7 +170,6 @@ class MergeReport:
     written: int
     seconds: float
     resumed: int = 0
-    already_published: bool = field(default=False)
 
 
 def summarise(steps: Iterable[Step], sums: Mapping[str, Sums | None]) -> Summary:
@@ -165,7 +185,7 @@ def summarise(steps: Iterable[Step], sums: Mapping[str, Sums | None]) -> Summary
         values = sums[step.name]
         if step.operation == "extrapolate" and values is not None:
             moved.append(values)
-            elements += step.elements
+            elements += step.elements * step.dtype.lanes
             unchanged += values.update == 0
     return Summary(alpha, counts, unchanged, add(moved) if moved else None, elements)
 
@@ -179,7 +199,7 @@ def tensor_record(step: Step, values: Sums | None) -> dict[str, object]:
             "ratio": values.ratio,
             "effective_alpha": values.effective_alpha,
             "rounding_error": values.rounding_error(step.alpha),
-            "share_changed": values.changed / max(step.elements, 1),
+            "share_changed": values.changed / max(step.elements * step.dtype.lanes, 1),
         }
     elif step.operation == "keep" and values is not None:
         record["share_differing"] = values.changed / max(step.elements, 1)

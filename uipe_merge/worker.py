@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from uipe_merge.bits import count_differing, same_bytes
+from uipe_merge.bits import count_differing
 from uipe_merge.guard import Guard
 from uipe_merge.plan import BLOCK, Block, Plan, Step
 from uipe_merge.reader import BlockReader, Pair, widest_input
@@ -79,13 +79,11 @@ class MergeWorker:
         if step.operation == "cast":
             out = self._out_view(step, block)
             self._kernels().cast(step, source, out)
-            self._guard.check_cast(out, step)
+            self._guard.check_cast(out, step, self._kernels())
             return out, []
         if step.operation == "keep" and step.original is not None:
             original = self._reader.read(step.original, 0, block.start, block.elements)
-            differing = 0
-            if step.original.dtype == step.dtype and not same_bytes(original, source):
-                differing = count_differing(original, source, step.dtype.bits // 8)
+            differing = count_differing(original, source, step.dtype.bits // 8)
             return source, [(0.0, 0.0, 0.0, 0.0, float(differing))]
         return source, []
 

@@ -133,17 +133,20 @@ class Cell:
     def exact(self, alpha: float, out: torch.Tensor) -> Moments:
         """Return the moments of the loaded cell for a written ``out``, summed in float64.
 
-        For the rare cell whose values are finite but whose squares overflow float32.
+        For the rare cell whose values are finite but whose squares overflow float32. What the
+        conversion clamped measures no step: ``along`` and ``error`` are infinite then.
         Allocates; not for the block loop.
         """
         wide, back, _, _ = (view.double() for view in self._views)
         moved = out.double() - wide
         missed = moved + alpha * back
+        limit = _SATURATES.get(out.dtype, math.inf)
+        clamped = bool(((wide - alpha * back).abs() > limit).any())
         return Moments(
             float(torch.dot(back, back)),
             float(torch.dot(wide, wide)),
-            -float(torch.dot(moved, back)),
-            float(torch.dot(missed, missed)),
+            math.inf if clamped else -float(torch.dot(moved, back)),
+            math.inf if clamped else float(torch.dot(missed, missed)),
             int(torch.count_nonzero(moved)),
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from uipe_merge.checkpoint import strict_json
@@ -38,8 +37,9 @@ def read_index(folder: Folder, name: str) -> Index:
         UnsafeInputError: A shard name would leave the directory.
     """
     shown = f"{folder.location}/{name}"
+    content = read_document(folder, name, strict_json.MOST_BYTES)
     try:
-        document = strict_json.loads(read_document(folder, name), naturals_only=False)
+        document = strict_json.loads(content, naturals_only=False)
     except strict_json.StrictJsonError as error:
         raise CorruptInputError(f"is not valid: {error}", file=shown) from None
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
@@ -50,9 +50,9 @@ def read_index(folder: Folder, name: str) -> Index:
         _check_name(shard, shown, tensor)
     metadata = document.get("metadata") if isinstance(document, dict) else None
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    if not isinstance(total, int | float) or not math.isfinite(total):
-        total = None
-    return Index(weight_map, None if total is None else int(total))
+    if isinstance(total, float) and total.is_integer():  # as some writers have it
+        total = int(total)
+    return Index(weight_map, total if type(total) is int else None)
 
 
 def _key(shard: object) -> str:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SINGLE_NAME = "model.safetensors"
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
+_LARGEST_CONFIG = 2**22  # bytes; of the largest ones, with the labels of 20 k classes, twice
 _AGAIN = "download the checkpoint again"
 
 
@@ -172,7 +173,7 @@ def _check_total(folder: Folder, index: Index | None, tensors: dict[str, TensorS
 def _read_config(folder: Folder) -> dict[str, object]:
     where = f"{folder.location}/config.json"
     try:
-        config = json.loads(read_document(folder, "config.json"))
+        config = json.loads(read_document(folder, "config.json", _LARGEST_CONFIG))
     except (ValueError, RecursionError) as error:
         raise CorruptInputError(f"is not valid JSON: {error}", file=where) from None
     if not isinstance(config, dict):

@@ -90,7 +90,7 @@ def match(original: Checkpoint, unlearned: Checkpoint) -> Pairing:
             )
         else:
             pairs[name] = (other, spec)
-    for name in original.tensors.keys() - unlearned.tensors.keys():
+    for name in [name for name in original.tensors if name not in unlearned.tensors]:
         if tied and _HEAD.search(name):
             warnings.append(
                 f"{original.location}: tensor '{name}' is stored though tied; it is left out, as "
@@ -187,13 +187,14 @@ def _expert_layout(checkpoint: Checkpoint) -> tuple[str, str] | None:
 
 
 def _dtype_warnings(pairs: Mapping[str, tuple[TensorSpec, TensorSpec]]) -> list[str]:
-    counts: dict[tuple[str, str], int] = {}
+    counts: dict[tuple[str, str, str], int] = {}
     for one, two in pairs.values():
         if one.dtype != two.dtype:
-            key = (one.dtype.name, two.dtype.name)
+            computes = two.dtype.computes
+            what = "the update is formed in the wider arithmetic" if computes else "they are kept"
+            key = (one.dtype.name, two.dtype.name, what)
             counts[key] = counts.get(key, 0) + 1
     return [
-        f"{count} tensors are {one} in ORIGINAL and {two} in UNLEARNED; the update is formed in "
-        "the wider arithmetic"
-        for (one, two), count in counts.items()
+        f"{count} tensors are {one} in ORIGINAL and {two} in UNLEARNED; {what}"
+        for (one, two, what), count in counts.items()
     ]

@@ -159,6 +159,8 @@ class LocalFolder:
                 "no such file", file=shown, remedy="download the checkpoint again"
             ) from None
         except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise CorruptInputError("no such file: its name is too long", file=shown) from None
             if error.errno == errno.ELOOP:
                 raise CorruptInputError("is a link to itself", file=shown) from None
             raise system_error(error, shown) from None
@@ -205,7 +207,7 @@ class LocalFile:
         os.close(self._descriptor)
 
 
-def read_document(folder: Folder, name: str, limit: int = 100_000_000) -> bytes:
+def read_document(folder: Folder, name: str, limit: int) -> bytes:
     """Return the whole content of a small file.
 
     Raises:

@@ -11,6 +11,13 @@ import json
 import re
 from typing import Never
 
+MOST_BYTES, MOST_VALUES = 25_000_000, 1_000_000
+"""How much JSON a header or an index may be: more than that of a shard with 100 k tensors.
+
+A tensor takes 8 values and 100 bytes. In a hostile text a value may take 2 bytes, for which
+Python needs 350 bytes of memory, and every byte 4 where the text holds one rare character.
+"""
+
 _MAYBE_NEGATIVE = re.compile(r"[\[,:]\s*-")
 
 
@@ -18,18 +25,33 @@ class StrictJsonError(ValueError):
     """The text is not strict JSON; the message says why."""
 
 
-def loads(raw: bytes, *, naturals_only: bool = True) -> object:
+def loads(
+    raw: bytes | bytearray,
+    *,
+    naturals_only: bool = True,
+    any_path: bool = False,
+    most_values: int | None = MOST_VALUES,
+) -> object:
     """Parse ``raw`` (UTF-8).
 
     Args:
         raw: The text.
         naturals_only: Refuse every number that is not a natural one, as headers demand.
             Indexes and manifests hold other numbers too.
+        any_path: Accept lone surrogates, as which Python holds the bytes of a path that are
+            not UTF-8.
+        most_values: Refuse a text of more values than this, before it is parsed. Commas and
+            opening brackets are counted, wherever they stand.
 
     Raises:
         StrictJsonError: On malformed JSON, a byte-order mark, a duplicate key, a number
-            that is not allowed, a lone surrogate, or nesting too deep to parse.
+            that is not allowed, a lone surrogate, nesting too deep to parse, or too many
+            values.
     """
+    if raw.startswith(b"\xef\xbb\xbf"):
+        raise StrictJsonError("it begins with a byte-order mark")
+    if most_values is not None and sum(map(raw.count, (b",", b"[", b"{"))) > most_values:
+        raise StrictJsonError(f"more than {most_values} values")
     try:
         text = raw.decode("utf-8")
         decoder = _DOCUMENT
@@ -38,6 +60,8 @@ def loads(raw: bytes, *, naturals_only: bool = True) -> object:
             negative = "-" in text and _MAYBE_NEGATIVE.search(text)
             decoder = _CAREFUL_HEADER if negative else _HEADER
         parsed: object = decoder.decode(text)
+        if "\\u" in text and not any_path:
+            _refuse_surrogates(parsed)
     except UnicodeDecodeError as error:
         raise StrictJsonError(f"byte {error.start} is not UTF-8") from None
     except RecursionError:
@@ -46,8 +70,6 @@ def loads(raw: bytes, *, naturals_only: bool = True) -> object:
         raise
     except ValueError as error:
         raise StrictJsonError(str(error)) from None
-    if "\\u" in text:
-        _refuse_surrogates(parsed)
     return parsed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from uipe_merge._version import __version__
+from uipe_merge.checkpoint.storage import system_error
 from uipe_merge.cli import demo, inspect, merge, verify
 from uipe_merge.cli.console import Output
 from uipe_merge.errors import UipeMergeError
@@ -50,10 +52,10 @@ app = typer.Typer(
         "Without a command: uipe-merge ORIGINAL UNLEARNED --alpha A -o OUT"
     ),
 )
-app.command("merge")(merge.merge)
-app.command("inspect")(inspect.inspect)
-app.command("verify")(verify.verify)
-app.command("demo")(demo.demo)
+app.command("merge", short_help="Write θᵤ + α·(θᵤ − θ₀) as a new model (the default).")(merge.merge)
+app.command("inspect", short_help="Measure an update before anything is written.")(inspect.inspect)
+app.command("verify", short_help="Hash a written model again.")(verify.verify)
+app.command("demo", short_help="The whole way on a tiny pair made on the spot.")(demo.demo)
 
 
 def _print_version(asked: bool) -> None:
@@ -85,17 +87,33 @@ class Interrupted(BaseException):
 
 def main() -> None:
     """Run the program and leave with the exit code of ``uipe_merge.errors``."""
+    _open_standard_streams()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     code = _run(sys.argv[1:])
-    try:
-        sys.stdout.flush()
-    except OSError:
-        code = code or IO_ERROR
-    # The interpreter would flush a broken stdout again at exit and complain.
-    if code == IO_ERROR:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            code = code or IO_ERROR
+            # The interpreter would flush a broken stream again at exit and complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
+
+
+def _open_standard_streams() -> None:
+    """Give a stream that was closed (``>&-``) the null device.
+
+    The next file to be opened would take its number otherwise, and whatever a library prints
+    there would end up in a shard.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, number)
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w"))
+            if null != number:
+                os.close(null)
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
@@ -121,7 +139,12 @@ def _run(arguments: list[str]) -> int:  # noqa: PLR0911 - one for each way to en
         name = signal.Signals(error.number).name
         output.error(f"stopped by {name}; the same command goes on where this one stopped")
         return 128 + error.number
-    except BrokenPipeError:
+    except SystemExit as error:  # how typer and rich end where nobody reads what they print
+        return IO_ERROR if error.code else 0
+    except OSError as error:
+        # Neither names a file: writing to stdout, and asking for a working directory that is gone.
+        unnamed = "." if error.errno == errno.ENOENT else "standard output"
+        output.error(str(system_error(error, error.filename or unnamed)))
         return IO_ERROR
     except MemoryError:
         output.error("out of memory; use fewer --threads")

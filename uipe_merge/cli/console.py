@@ -42,10 +42,10 @@ class Output:
         self.quiet = quiet
         self.verbose = verbose
         self.as_json = as_json
-        self._stdout = Console(highlight=False, soft_wrap=True)
+        self._stdout = Console(highlight=False, emoji=False, soft_wrap=True)
         if not self._stdout.is_terminal and "COLUMNS" not in os.environ:
             self._stdout.width = _PIPE_WIDTH
-        self._stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._stderr = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
     def data(self, value: object) -> None:
         """Print a JSON document on stdout."""

@@ -15,8 +15,12 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    original: Annotated[str, typer.Argument(help="Directory of the original checkpoint θ₀.")],
-    unlearned: Annotated[str, typer.Argument(help="Directory of the unlearned checkpoint θᵤ.")],
+    original: Annotated[
+        str, typer.Argument(metavar="ORIGINAL", help="Directory of the original checkpoint θ₀.")
+    ],
+    unlearned: Annotated[
+        str, typer.Argument(metavar="UNLEARNED", help="Directory of the unlearned checkpoint θᵤ.")
+    ],
     alphas: Annotated[
         list[float] | None,
         typer.Option(

@@ -14,8 +14,12 @@ if TYPE_CHECKING:
 
 
 def merge(
-    original: Annotated[str, typer.Argument(help="Directory of the original checkpoint θ₀.")],
-    unlearned: Annotated[str, typer.Argument(help="Directory of the unlearned checkpoint θᵤ.")],
+    original: Annotated[
+        str, typer.Argument(metavar="ORIGINAL", help="Directory of the original checkpoint θ₀.")
+    ],
+    unlearned: Annotated[
+        str, typer.Argument(metavar="UNLEARNED", help="Directory of the unlearned checkpoint θᵤ.")
+    ],
     alpha: Annotated[
         float,
         typer.Option(
@@ -61,7 +65,7 @@ def merge(
     executor = make_executor(threads)
     if dry_run:
         _show_plan(out, prepared, executor.width)
-        job.require_room(prepared)
+        job.require_startable(prepared)
         return
     report = job.run(prepared, executor, LocalFileSystem(), out.progress())
     _show_report(out, report)

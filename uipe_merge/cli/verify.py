@@ -11,7 +11,7 @@ from uipe_merge.errors import CorruptInputError, listed
 
 
 def verify(
-    output: Annotated[str, typer.Argument(help="Directory written by uipe-merge.")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="Directory written by uipe-merge.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:

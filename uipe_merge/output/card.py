@@ -92,7 +92,7 @@ def encode_card(
         "hash of every file; `uipe-merge verify` checks them.",
         "",
     ]
-    return "\n".join(lines).encode()
+    return "\n".join(lines).encode("utf-8", "backslashreplace")  # paths need not be UTF-8
 
 
 def _plain(value: object) -> bool:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+ASIDE = ".old"
+"""Ending of the name under which ``exchange`` keeps its second directory meanwhile."""
+
 _WRITEBACK = 32 * 2**20
 
 
@@ -54,7 +57,11 @@ class FileSystem(Protocol):
         """Move a file, replacing, or a directory, onto nothing or an empty directory."""
 
     def exchange(self, one: Path, two: Path) -> None:
-        """Swap two directories: atomically where the system can, else by three renames."""
+        """Swap two directories: atomically where the system can, else by three renames.
+
+        In the second case ``two`` is missing for a moment, and stands beside ``one``, under
+        its name and ``ASIDE``.
+        """
 
     def sync_directory(self, path: Path) -> None:
         """Make the names in a directory durable."""
@@ -138,7 +145,7 @@ class LocalFileSystem:
         with _naming(two):
             if linux.exchange(str(one), str(two)):
                 return
-            aside = one.with_name(one.name + ".old")
+            aside = one.with_name(one.name + ASIDE)
             two.rename(aside)
             one.rename(two)
             aside.rename(one)

@@ -37,22 +37,34 @@ def hold(directory: Path) -> Iterator[None]:
         OutputError: The directory or the file cannot be made.
     """
     path = directory / "lock"
-    descriptor = _acquire(path)
     try:
-        yield
+        descriptor = _acquire(path)
+        try:
+            yield
+        finally:
+            _release(path, descriptor)
     finally:
-        # Unlink before the lock is given up: whoever waits finds the name gone and starts anew.
-        with suppress(OSError):
-            path.unlink()
-        os.close(descriptor)
         with suppress(OSError):
             directory.rmdir()  # succeeds only where nothing is left to resume
+
+
+def _release(path: Path, descriptor: int) -> None:
+    # Unlink before the lock is given up: whoever waits finds the name gone and starts anew.
+    with suppress(OSError):
+        if os.fstat(descriptor).st_ino == path.stat().st_ino:  # else: removed by hand, and taken
+            path.unlink()
+    os.close(descriptor)
+    # Drafts of runs that were killed. A live run that loses its own makes another.
+    with suppress(OSError):  # another run may be tidying up too
+        for draft in path.parent.glob("lock.*"):
+            draft.unlink()
 
 
 def _acquire(path: Path) -> int:
     for _ in range(_ATTEMPTS):
         try:
-            path.parent.mkdir(exist_ok=True)
+            with suppress(FileExistsError):  # exist_ok would trip over one that just goes away
+                path.parent.mkdir()
             with suppress(FileExistsError):
                 return _create(path)
             holder = _read_holder(path)
@@ -68,37 +80,35 @@ def _acquire(path: Path) -> int:
 
 def _create(path: Path) -> int:
     """Create the lock, raising ``FileExistsError`` where it is held."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     draft = path.with_name(f"lock.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}")
     with suppress(FileNotFoundError):
         draft.unlink()  # left by a dead run that had this very process number
-    descriptor = os.open(draft, flags, 0o666)
+    descriptor = _write(draft)
     try:
-        with suppress(OSError):  # a file system without flock: the identity has to do
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.write(descriptor, json.dumps(_identity()).encode())
-        try:
-            path.hardlink_to(draft)
-        except FileExistsError:
+        path.hardlink_to(draft)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
             raise
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
-                raise
-            os.close(descriptor)
-            return _create_plainly(path)  # a file system without hard links
-    except BaseException:
-        with suppress(OSError):
-            os.close(descriptor)
-        raise
+        return _write(path)  # a file system without hard links
     finally:
         with suppress(FileNotFoundError):
             draft.unlink()
     return descriptor
 
 
-def _create_plainly(path: Path) -> int:
+def _write(path: Path) -> int:
+    """Create a file that names this process, locked."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    os.write(descriptor, json.dumps(_identity()).encode())
+    try:
+        with suppress(OSError):  # a file system without flock: the identity has to do
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(descriptor, json.dumps(_identity()).encode())
+    except BaseException:
+        os.close(descriptor)
+        with suppress(OSError):
+            path.unlink()
+        raise
     return descriptor
 
 
@@ -154,7 +164,8 @@ def _boot() -> str:
 def _start(pid: int) -> str | None:
     """Return when a process started, in ticks since boot; ``None`` where it does not run."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]  # a zombie waits only to be reaped
     except OSError:
         with suppress(ProcessLookupError, PermissionError):
             if not Path("/proc/self").exists():  # no /proc: only whether it runs can be told

@@ -12,6 +12,7 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from uipe_merge.checkpoint import strict_json
+from uipe_merge.checkpoint.storage import system_error
 from uipe_merge.errors import CorruptInputError, UsageError
 
 if TYPE_CHECKING:
@@ -52,18 +53,23 @@ def read_manifest(directory: Path) -> tuple[dict[str, object], dict[str, FileRec
     Raises:
         UsageError: There is no such directory, or it has no manifest.
         CorruptInputError: The manifest is damaged, or names files outside the directory.
+        OutputError: It cannot be read.
     """
     path = directory / MANIFEST_NAME
-    if not path.is_file():
-        raise UsageError(
-            f"has no {MANIFEST_NAME}" if directory.is_dir() else "no such directory",
-            file=directory,
-            remedy="name a directory written by uipe-merge",
-        )
     try:
-        document = strict_json.loads(path.read_bytes(), naturals_only=False)
+        if not path.is_file():
+            raise UsageError(
+                f"has no {MANIFEST_NAME}" if directory.is_dir() else "no such directory",
+                file=directory,
+                remedy="name a directory written by uipe-merge",
+            )
+        document = strict_json.loads(
+            path.read_bytes(), naturals_only=False, any_path=True, most_values=None
+        )
     except strict_json.StrictJsonError as error:
         raise CorruptInputError(f"is not valid: {error}", file=path) from None
+    except OSError as error:
+        raise system_error(error, path) from None
     entries = document.get("files") if isinstance(document, dict) else None
     if not isinstance(document, dict) or not isinstance(entries, dict):
         raise CorruptInputError("lists no files", file=path)

@@ -129,7 +129,11 @@ def require_replaceable(path: Path, output: object, *, overwrite: bool) -> None:
             file=output,
             remedy="name a directory inside it",
         )
-    if not any(path.iterdir()):
+    try:
+        empty, own = not any(path.iterdir()), (path / MANIFEST_NAME).is_file()
+    except OSError as error:
+        raise system_error(error, output) from None
+    if empty:
         return
     if not overwrite:
         raise OutputError(
@@ -137,7 +141,7 @@ def require_replaceable(path: Path, output: object, *, overwrite: bool) -> None:
             file=output,
             remedy="choose another output, or --overwrite a model written by this tool",
         )
-    if not (path / MANIFEST_NAME).is_file():
+    if not own:
         raise OutputError(
             f"has no {MANIFEST_NAME}, so it was not written by this tool and is not replaced",
             file=output,
@@ -146,10 +150,17 @@ def require_replaceable(path: Path, output: object, *, overwrite: bool) -> None:
 
 
 def _keep_apart(path: Path, source: Path, output: object, name: str) -> None:
-    same = path == source or (path.exists() and source.exists() and path.samefile(source))
-    if same:
+    if _same(path, source):
         raise UsageError("is an input", file=output, remedy="choose another output")
-    if path.is_relative_to(source):
+    if any(_same(parent, source) for parent in path.parents):
         raise UsageError(f"lies in the input {name}", file=output, remedy="choose another output")
-    if source.is_relative_to(path):
+    if any(_same(parent, path) for parent in source.parents):
         raise UsageError(f"contains the input {name}", file=output, remedy="choose another output")
+
+
+def _same(one: Path, two: Path) -> bool:
+    """Tell whether two real paths are one directory, which a bind mount can give two names."""
+    try:
+        return one == two or one.samefile(two)
+    except OSError:  # one of them is missing, or cannot be looked at
+        return False

@@ -40,7 +40,7 @@ class ShardWriter:
         try:
             self._file.write_at(header, 0)
         except BaseException:
-            self.abort()
+            self.close()
             raise
 
     def write(self, sequence: int, data: memoryview, offset: int) -> None:
@@ -72,24 +72,25 @@ class ShardWriter:
         """
         written = self._file.size()
         if not written == self._position == size:
-            self.abort()
             raise OutputError(f"has {written} bytes where {size} were planned", file=self._draft)
-        try:
-            self._file.sync()
-        except BaseException:
-            self.abort()
-            raise
-        self._open = False
-        self._file.close()
+        self._file.sync()
+        self.close()
         self._filesystem.rename(self._draft, self._path)
         self._filesystem.sync_directory(self._path.parent)
         return self._digest.hexdigest()
 
     def abort(self) -> None:
-        """Let nobody wait for this shard any more and close its file; safe to repeat."""
+        """Let nobody wait for this shard any more; safe to repeat.
+
+        The file stays open: another thread may be writing to it, and a descriptor that is
+        closed under its feet could by then be another file's.
+        """
         with self._turn:
             self._aborted = True
             self._turn.notify_all()
-            if self._open:
-                self._open = False
-                self._file.close()
+
+    def close(self) -> None:
+        """Close the file, when no thread writes any more; safe to repeat."""
+        if self._open:
+            self._open = False
+            self._file.close()

@@ -33,6 +33,7 @@ _PIECE = 4 * 2**20
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|ggml|onnx|onnx_data|npz|pkl|tflite|ot)$"
     r"|\.(safetensors|bin|msgpack|h5)\.index\.json$"
+    r"|^adapter_config\.json$"  # beside it, transformers would load the adapter's base instead
 )
 _TRAINING = re.compile(
     r"^(trainer_state|trainer_log|train_results|eval_results|all_results)\.jsonl?$"
@@ -67,19 +68,29 @@ def plan_sidecars(original: Checkpoint, unlearned: Checkpoint) -> list[Sidecar]:
         CorruptInputError: One is not a regular file.
         OutputError: One may not be read.
     """
-    chosen: dict[str, tuple[str, Folder]] = {}
-    for checkpoint in (original, unlearned):
-        for name in checkpoint.names:
-            if carried(name):
-                target = KEPT_CARD if name == CARD_NAME else name
-                if target != KEPT_CARD or checkpoint is unlearned:
-                    chosen[target] = (name, checkpoint.folder)
+    chosen = {
+        KEPT_CARD if name == CARD_NAME else name: (name, unlearned.folder)
+        for name in unlearned.names
+        if carried(name)
+    }
+    directories = {parent for name in chosen for parent in _parents(name)}
+    for name in original.names:
+        # What is a file in one and a directory in the other is the unlearned checkpoint's.
+        clashes = name in directories or not chosen.keys().isdisjoint(_parents(name))
+        if carried(name) and name != CARD_NAME and not clashes:
+            chosen.setdefault(name, (name, original.folder))
     sidecars = []
     for target, (name, folder) in sorted(chosen.items()):
         file = folder.open_file(name)
         sidecars.append(Sidecar(target, name, folder, file.stamp.size))
         file.close()
     return sidecars
+
+
+def _parents(name: str) -> list[str]:
+    """Return the directories on the way to a file, relative like its name."""
+    parts = name.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def carried(name: str) -> bool:
@@ -101,24 +112,23 @@ def copy_sidecar(
         dtype: The output dtype that ``config.json`` must name; ``None`` where the dtype did
             not change, and the file is copied verbatim.
     """
-    target = model
-    for part in sidecar.name.split("/")[:-1]:
-        target = target / part
-        filesystem.make_directory(target)
+    directories = [model / parent for parent in _parents(sidecar.name)]
+    for directory in directories:
+        filesystem.make_directory(directory)
     file = sidecar.folder.open_file(sidecar.source)
     try:
-        path = model / sidecar.name
-        if sidecar.name == "config.json" and dtype is not None:
-            content = bytearray(file.stamp.size)
-            file.read_into(memoryview(content), 0)
-            return _write(filesystem, path, [with_dtype(bytes(content), dtype)])
-        pieces = (
+        pieces: Iterable[bytes] = (
             _read(file, start, min(_PIECE, file.stamp.size - start))
             for start in range(0, file.stamp.size, _PIECE)
         )
-        return _write(filesystem, path, pieces)
+        if sidecar.name == "config.json" and dtype is not None:
+            pieces = [with_dtype(b"".join(pieces), dtype)]
+        record = _write(filesystem, model / sidecar.name, pieces)
     finally:
         file.close()
+    for directory in directories:  # the model's own is synced when all of it is there
+        filesystem.sync_directory(directory)
+    return record
 
 
 def with_dtype(config: bytes, dtype: str) -> bytes:

@@ -9,10 +9,13 @@ or the complete new one, and the same command goes on where the journal stops.
 from __future__ import annotations
 
 import hashlib
+import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from uipe_merge.checkpoint.storage import system_error
+from uipe_merge.errors import OutputError
+from uipe_merge.output.filesystem import ASIDE
 from uipe_merge.output.journal import Journal, ShardRecord, differing, refuse_other_run
 from uipe_merge.output.manifest import MANIFEST_NAME
 from uipe_merge.output.place import partial_directory
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from uipe_merge.output.filesystem import FileSystem
 
 _PIECE = 4 * 2**20
+_SECTOR = 512  # the unit of st_blocks, whatever the file system's own
 
 
 class Staging:
@@ -51,15 +55,38 @@ class Staging:
         if inode is None or self.journal.identity() != identity:
             return False
         try:
-            return self.output.stat().st_ino == inode
+            # The number of a directory that was removed meanwhile may have been given away.
+            return self.output.stat().st_ino == inode and (self.output / MANIFEST_NAME).is_file()
         except OSError:
             return False
 
-    def finished_bytes(self, identity: dict[str, object]) -> int:
-        """Return the bytes that an interrupted run of this identity has on the disk."""
-        if self.journal.identity() != identity:
-            return 0
-        return sum(record.size for record in self.journal.shards().values())
+    def held(self, identity: dict[str, object]) -> tuple[int, int]:
+        """Return bytes and files that going on would keep, or free before it writes."""
+        kept = self.journal.shards() if self.journal.identity() == identity else {}
+        nbytes = files = 0
+        for path in self.model.rglob("*"):
+            with suppress(OSError):
+                status = path.lstat()
+                nbytes += status.st_size if path.name in kept else status.st_blocks * _SECTOR
+                files += 1
+        return nbytes, files
+
+    def require_own(self, identity: dict[str, object]) -> None:
+        """Refuse to go on with, or to throw away, what another command began.
+
+        Raises:
+            OutputError: Another run's partial directory is there; names what differs.
+        """
+        previous = self.journal.identity()
+        if previous is not None and previous != identity:
+            raise refuse_other_run(self.partial, differing(previous, identity))
+
+    def restore(self) -> None:
+        """Give the old model back where replacing it by renames was cut short."""
+        aside = self.model.with_name(self.model.name + ASIDE)
+        if aside.is_dir() and not os.path.lexists(self.output):
+            self._filesystem.rename(aside, self.output)
+            self._filesystem.sync_directory(self.output.parent)
 
     def begin(self, identity: dict[str, object], *, overwrite: bool) -> None:
         """Resume the run that is there if it is this one; start one otherwise.
@@ -68,15 +95,15 @@ class Staging:
             OutputError: Another run's partial directory is there (and ``overwrite`` is
                 false), or the file system refuses something.
         """
-        previous = self.journal.identity()
-        if previous is not None and previous != identity and not overwrite:
-            raise refuse_other_run(self.partial, differing(previous, identity))
+        if not overwrite:
+            self.require_own(identity)
         self._filesystem.make_directory(self.model)
-        if previous == identity:
+        self._filesystem.sync_directory(self.output.parent)
+        if self.journal.identity() == identity:
             self.done = self._verified()
-        with suppress(FileNotFoundError):
-            for entry in sorted(self.model.iterdir()):
-                if entry.name not in self.done:
+        for directory in (self.model, self.partial):
+            for entry in _entries(directory):
+                if entry.name not in self.done and not self._working(entry):
                     self._remove(entry)
         self.journal.begin(identity, self.done.values())
 
@@ -91,12 +118,18 @@ class Staging:
                 meanwhile, or the rename failed; the finished model then stays in the
                 partial directory.
         """
+        for directory in sorted(path for path in self.model.rglob("*") if path.is_dir()):
+            self._filesystem.sync_directory(directory)
         self._filesystem.sync_directory(self.model)
         self.journal.publishing(self.model.stat().st_ino)
         if overwrite and (self.output / MANIFEST_NAME).is_file():
             self._filesystem.exchange(self.model, self.output)
         else:
-            self._filesystem.rename(self.model, self.output)
+            self._rename_to_output()
+        self.settle()
+
+    def settle(self) -> None:
+        """Make the published name durable, and only then forget the run."""
         self._filesystem.sync_directory(self.output.parent)
         self.clean()
 
@@ -105,10 +138,28 @@ class Staging:
 
         As long as the journal is there, a rerun knows what this was.
         """
-        for entry in sorted(self.partial.iterdir()):
-            if entry.name != "journal" and not entry.name.startswith("lock"):
+        for entry in _entries(self.partial):
+            if entry == self.model or not self._working(entry):
                 self._remove(entry)
         self._filesystem.remove(self.partial / "journal")
+
+    def _working(self, entry: Path) -> bool:
+        """Tell whether an entry of the partial directory is in use as long as the run is."""
+        return entry.parent == self.partial and (
+            entry.name in ("model", "journal") or entry.name.startswith("lock")
+        )
+
+    def _rename_to_output(self) -> None:
+        try:
+            self._filesystem.rename(self.model, self.output)
+        except OutputError as error:
+            if not _entries(self.output) and not self.output.is_file():
+                raise
+            raise OutputError(
+                f"appeared while the model was made ({error.message})",
+                file=self.output,
+                remedy="move it away and run the same command again: the finished work is kept",
+            ) from None
 
     def _verified(self) -> dict[str, ShardRecord]:
         """Return the recorded shards whose files still have the recorded size and hash."""
@@ -123,6 +174,16 @@ class Staging:
             self._filesystem.remove_tree(entry)
         else:
             self._filesystem.remove(entry)
+
+
+def _entries(directory: Path) -> list[Path]:
+    """Return what a directory holds, sorted; nothing where it is missing or no directory."""
+    try:
+        return sorted(directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise system_error(error, directory) from None
 
 
 def hash_file(path: Path) -> tuple[int, str] | None:

@@ -1,0 +1,118 @@
+"""Measures time and memory against mergekit and the disk, and writes docs/performance.md.
+
+``make bench`` runs all of it; ``make bench ARGS="--size 200MB --runs 2"`` is a quick look.
+Everything is made in .bench/ and removed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import peer
+from cases import CASES, Bench, room_needed
+from machine import describe
+from measuring import FailedError
+from results import page, tables
+
+from uipe_merge import __version__
+from uipe_merge.errors import UipeMergeError
+from uipe_merge.recipe import parse_size
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+WORK = REPOSITORY / ".bench"
+PAGE = REPOSITORY / "docs" / "performance.md"
+SIZE, RUNS = "2.5GB", 5
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", default=SIZE, help="bytes of a checkpoint [default: %(default)s]")
+    parser.add_argument("--shards", type=int, default=5, help="its files [default: %(default)s]")
+    parser.add_argument("--runs", type=int, default=RUNS, help="rounds [default: %(default)s]")
+    parser.add_argument("--skip-mergekit", action="store_true", help="compare with the disk only")
+    parser.add_argument(
+        "--only", choices=CASES, metavar="NAME", help=f"one case: {', '.join(CASES)}"
+    )
+    parser.add_argument("--keep", action="store_true", help="leave .bench/ as it is at the end")
+    options = parser.parse_args(arguments)
+    try:
+        options.bytes = parse_size(options.size)
+    except UipeMergeError as error:
+        parser.error(str(error))
+    if min(options.shards, options.runs) < 1:
+        parser.error("--shards and --runs are at least 1")
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    """Measure, print, and write the page if everything was measured."""
+    options = parse(arguments)
+    WORK.mkdir(exist_ok=True)
+    needed = room_needed(options.bytes, mergekit=not options.skip_mergekit)
+    free = shutil.disk_usage(WORK).free
+    if free < needed:
+        say(f"{needed / 1e9:.0f} GB of disk are needed, {free / 1e9:.0f} GB are free")
+        return 1
+    try:
+        measure(options, arguments)
+    except FailedError as error:
+        say(str(error))
+        return 1
+    finally:
+        if not options.keep:
+            shutil.rmtree(WORK, ignore_errors=True)
+    return 0
+
+
+def measure(options: argparse.Namespace, arguments: list[str]) -> None:
+    """Run the cases that were asked for and report them."""
+    chosen = [options.only] if options.only else list(CASES)
+    wanted = "pair" in chosen and not options.skip_mergekit
+    mergekit = peer.install(WORK / "mergekit-env", say) if wanted else None
+    findings = []
+    for name in chosen:
+        say(f"== {name}")
+        root = WORK / name
+        shutil.rmtree(root, ignore_errors=True)
+        root.mkdir()
+        bench = Bench(root, options.bytes, options.shards, options.runs, mergekit, say)
+        findings.append(CASES[name](bench))
+        if not options.keep:
+            shutil.rmtree(root)
+    print(tables(findings))
+    if options.only or mergekit is None:
+        say(f"{PAGE.name} is left as it is: not everything was measured")
+        return
+    versions = {
+        "uipe-merge": __version__,
+        "mergekit": f"{mergekit.version}, torch {mergekit.torch}",
+    }
+    command = "make bench" + (f" ARGS={shlex.quote(shlex.join(arguments))}" if arguments else "")
+    PAGE.parent.mkdir(exist_ok=True)
+    text = page(findings, describe(WORK, versions), command, caution(options))
+    PAGE.write_text(text, encoding="utf-8")
+    say(f"written: {PAGE.relative_to(REPOSITORY)}")
+
+
+def caution(options: argparse.Namespace) -> str:
+    """Say why figures do not count, if they do not: the bar is about a full-size run."""
+    if options.bytes >= parse_size(SIZE) and options.runs >= RUNS:
+        return ""
+    return (
+        f"A trial with {options.size} and {options.runs} rounds. The bar is about {SIZE} and "
+        f"{RUNS} rounds: on small models the start of every program outweighs its work."
+    )
+
+
+def say(line: str) -> None:
+    """Tell whoever waits."""
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
