@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import re
-import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Concatenate, ParamSpec
 
-from checkpoints import Geometry, Shapes, geometry, write_checkpoint
+from checkpoints import Geometry, geometry
 from comparing import compare
 from measuring import Contender, Series, aside, interleave
+from pairs import TENSOR_WIDTH, Pair, write_model_pair, write_sparse_pair, write_tensor_pair
 from peer import Mergekit, recipe
 from results import Check
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+Arguments = ParamSpec("Arguments")
+
 ALPHA = 2.0
 PROGRAM = Path(sys.executable).with_name("uipe-merge")
 ENGINE: list[str | Path] = [sys.executable, Path(__file__).with_name("engine.py")]
-_RMU = re.compile(r"\.(\d+)\.mlp\.down_proj\.")
-_ONE = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,24 +44,17 @@ class Bench:
     mergekit: Mergekit | None
     say: Callable[[str], None]
 
-    def pair(self, shapes: Shapes, config: dict[str, object], shards: int, **how: bool) -> Pair:
-        """Make a pair of checkpoints; ``how`` goes to ``_write_pair``."""
+    def pair(
+        self,
+        write: Callable[Concatenate[Pair, Arguments], None],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> Pair:
+        """Make a pair of checkpoints with a function of `pairs` and its arguments."""
         pair = Pair(self.root / "original", self.root / "unlearned")
         self.say("making the checkpoints")
-        aside(_write_pair, pair, shapes, config, shards, **how)
+        aside(write, pair, *args, **kwargs)
         return pair
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Two checkpoints on disk."""
-
-    original: Path
-    unlearned: Path
-
-    def both(self) -> list[Path]:
-        """Return the two directories."""
-        return [self.original, self.unlearned]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +77,7 @@ class Findings:
 def measure_pair(bench: Bench) -> Findings:
     """Measure the floor, the program, the engine and mergekit in turn; compare the results."""
     shape = geometry(bench.size)
-    pair = bench.pair(shape.shapes(), shape.config(), bench.shards)
+    pair = bench.pair(write_model_pair, shape, bench.shards)
     ours, engine = _program(bench, pair, ALPHA), _engine(bench, pair, ALPHA)
     contenders = [_floor(bench, pair), ours, engine]
     peer = _mergekit(bench, pair, "float32") if bench.mergekit else None
@@ -109,8 +101,7 @@ def measure_pair(bench: Bench) -> Findings:
 
 def measure_few(bench: Bench) -> Findings:
     """Measure a pair in which three tensors differ and all others are identical, as RMU's."""
-    shape = geometry(bench.size)
-    pair = bench.pair(shape.shapes(), shape.config(), bench.shards, few=True)
+    pair = bench.pair(write_model_pair, geometry(bench.size), bench.shards, few=True)
     contenders = [_floor(bench, pair), _program(bench, pair, ALPHA), _engine(bench, pair, ALPHA)]
     found = interleave(contenders, bench.runs, bench.say)
     ratio = (found["engine"].seconds or 0.0) / found["floor"].wall
@@ -124,8 +115,7 @@ def measure_few(bench: Bench) -> Findings:
 
 def measure_copy(bench: Bench) -> Findings:
     """Measure α = 0, which copies the unlearned checkpoint, against ``cp`` and ``sync``."""
-    shape = geometry(bench.size)
-    pair = bench.pair(shape.shapes(), shape.config(), bench.shards)
+    pair = bench.pair(write_model_pair, geometry(bench.size), bench.shards)
     copy = bench.root / "copy"
     contenders = [
         Contender(
@@ -149,11 +139,11 @@ def measure_copy(bench: Bench) -> Findings:
 
 def measure_tensor(bench: Bench) -> Findings:
     """Measure a model of one large tensor: memory must not follow its size."""
-    rows = max(1, bench.size * 8 // 5 // 2 // 4096)
-    pair = bench.pair({_ONE: (rows, 4096)}, {"model_type": "llama"}, 1)
+    rows = max(1, bench.size * 8 // 5 // 2 // TENSOR_WIDTH)
+    pair = bench.pair(write_tensor_pair, rows)
     found = interleave([_program(bench, pair, ALPHA)], min(bench.runs, 3), bench.say)
     return Findings(
-        f"One tensor of {rows * 4096 * 2 / 1e9:.2g} GB",
+        f"One tensor of {rows * TENSOR_WIDTH * 2 / 1e9:.2g} GB",
         list(found.values()),
         [_memory(found["uipe-merge"])],
     )
@@ -161,13 +151,7 @@ def measure_tensor(bench: Bench) -> Findings:
 
 def measure_plan(bench: Bench) -> Findings:
     """Measure ``--dry-run`` of a model of 700 shards and 100,100 tensors."""
-    kinds = ("down", "gate", "up")
-    shapes: Shapes = {
-        f"model.layers.{number // 1540}.mlp.experts.{number // 3 % 514}."
-        f"{kinds[number % 3]}_proj.weight": (64, 64)
-        for number in range(100_100)
-    }
-    pair = bench.pair(shapes, {"model_type": "deepseek_v3"}, 700, holes=True)
+    pair = bench.pair(write_sparse_pair)
     command: list[str | Path] = [*_merge(pair, ALPHA, bench.root / "planned"), "--dry-run"]
     dry = Contender("uipe-merge --dry-run", [command], pair.both())
     found = interleave([dry], bench.runs, bench.say)[dry.name]
@@ -199,6 +183,7 @@ CASES: dict[str, Callable[[Bench], Findings]] = {
 def room_needed(size: int, *, mergekit: bool) -> int:
     """Return the bytes of disk that the hungriest case takes."""
     # pair: two inputs, a copy, two outputs, two of mergekit's. tensor: 3 × 8/5 of the size.
+    # The rest is for mergekit's environment.
     return (7 if mergekit else 5) * size + 2_000_000_000
 
 
@@ -249,34 +234,6 @@ def _weights(directory: Path) -> list[Path]:
 
 
 # ---------------------------------------------------------------------- helpers
-
-
-def _write_pair(
-    pair: Pair,
-    shapes: Shapes,
-    config: dict[str, object],
-    shards: int,
-    *,
-    few: bool = False,
-    holes: bool = False,
-) -> None:
-    """Write both checkpoints; with ``few`` only three ``down_proj`` tensors are moved."""
-    chosen = {name for name in shapes if _RMU.search(name)} if few else set(shapes)
-    if few:
-        # RMU's layers are 5 to 7 of 32; take three in the middle of any depth.
-        middle = sorted(chosen, key=_layer)[max(0, len(chosen) // 2 - 2) :][:3]
-        chosen = set(middle)
-    shutil.rmtree(pair.original, ignore_errors=True)
-    shutil.rmtree(pair.unlearned, ignore_errors=True)
-    write_checkpoint(pair.original, shapes, config, shards=shards, holes=holes)
-    write_checkpoint(
-        pair.unlearned, shapes, config, shards=shards, moved=chosen.__contains__, holes=holes
-    )
-
-
-def _layer(name: str) -> int:
-    match = _RMU.search(name)
-    return int(match[1]) if match else -1
 
 
 def _memory(series: Series) -> Check:

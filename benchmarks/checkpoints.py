@@ -2,8 +2,8 @@
 
 Values come from two pools made once: Gaussian weights, and the same weights after a Gaussian
 update. Every block of a tensor is a stretch of a pool, from a start and with a sign that
-follow from the tensor's name, so the bytes depend on nothing else. The two checkpoints of a
-pair take the same stretch, which is what makes them a pair.
+follow from the tensor's name, so with one version of numpy the bytes are always the same. The
+two checkpoints of a pair take the same stretch, which is what makes them a pair.
 """
 
 from __future__ import annotations

@@ -10,10 +10,13 @@ import json
 import sys
 import time
 
-from uipe_merge import api, executors, job, kernels, worker
+import yaml
+from huggingface_hub import ModelCardData
 
-IMPORTED = (executors, job, kernels, worker)
-"""What ``api.merge`` imports when it is called, torch and numpy with it."""
+from uipe_merge import api, engine, executors, job, kernels
+
+IMPORTED = (ModelCardData, engine, executors, job, kernels, yaml)
+"""What ``api.merge`` would import when it is called, torch and numpy with it."""
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from measuring import FailedError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -33,16 +35,21 @@ def install(environment: Path, say: Callable[[str], None]) -> Mergekit:
     """Make the environment, unless it is there as the constraints want it.
 
     Raises:
-        CalledProcessError: pip failed; it has printed why.
+        FailedError: pip failed; it has printed why.
     """
     python = environment / "bin" / "python"
     stamp = environment / ".stamp"
     wanted = hashlib.sha256(CONSTRAINTS.read_bytes() + sys.version.encode()).hexdigest()
     if not stamp.is_file() or stamp.read_text() != wanted:
         say("installing mergekit and a torch of its own; the first time this takes minutes")
-        subprocess.run([sys.executable, "-m", "venv", "--clear", environment], check=True)
         pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "-q"]
-        subprocess.run([*pip, "-c", str(CONSTRAINTS), "mergekit"], check=True)
+        try:
+            subprocess.run([sys.executable, "-m", "venv", "--clear", environment], check=True)
+            subprocess.run([*pip, "-c", str(CONSTRAINTS), "mergekit"], check=True)
+        except subprocess.CalledProcessError:
+            raise FailedError(
+                "mergekit cannot be installed; --skip-mergekit goes without"
+            ) from None
         stamp.write_text(wanted)
     ask = "from importlib.metadata import version; print(version('mergekit'), version('torch'))"
     answer = subprocess.run([python, "-c", ask], check=True, capture_output=True, text=True)

@@ -43,10 +43,10 @@ HOW = """\
 
 - Before every run its output is removed, its inputs are read once (warm page cache), and the
   disk is synced. The input checkpoints are made by `benchmarks/checkpoints.py`: Gaussian
-  weights and a Gaussian update, the same bytes every time.
+  weights and a Gaussian update of a hundredth of their size, the same bytes every time.
 - *wall* is the median over the runs and the shortest and longest; *processor* is user and
   system time; *peak memory* is the largest resident size of any run, as the kernel reports it
-  for the process that ended.
+  for the process that ended (never less than the some 40 MiB of the one that measures).
 - *floor* is `cat` of both inputs to `/dev/null`, `cp -r` of one, `sync` of the copy, one after
   the other: reading, writing and making durable with nothing in between.
 - *uipe-merge* is the command with its default options, the start of Python and the import of

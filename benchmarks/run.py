@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
         say(f"{needed / 1e9:.0f} GB of disk are needed, {free / 1e9:.0f} GB are free")
         return 1
     try:
-        measure(options, arguments)
+        measure(options, arguments, WORK, PAGE)
     except FailedError as error:
         say(str(error))
         return 1
@@ -69,15 +69,24 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def measure(options: argparse.Namespace, arguments: list[str]) -> None:
-    """Run the cases that were asked for and report them."""
+def measure(
+    options: argparse.Namespace, arguments: list[str], work: Path, documentation: Path
+) -> None:
+    """Run the cases that were asked for and report them.
+
+    Args:
+        options: From ``parse``.
+        arguments: The command line they came from.
+        work: An existing directory to make everything in.
+        documentation: The page to write if everything was measured.
+    """
     chosen = [options.only] if options.only else list(CASES)
     wanted = "pair" in chosen and not options.skip_mergekit
-    mergekit = peer.install(WORK / "mergekit-env", say) if wanted else None
+    mergekit = peer.install(work / "mergekit-env", say) if wanted else None
     findings = []
     for name in chosen:
         say(f"== {name}")
-        root = WORK / name
+        root = work / name
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir()
         bench = Bench(root, options.bytes, options.shards, options.runs, mergekit, say)
@@ -86,17 +95,17 @@ def measure(options: argparse.Namespace, arguments: list[str]) -> None:
             shutil.rmtree(root)
     print(tables(findings))
     if options.only or mergekit is None:
-        say(f"{PAGE.name} is left as it is: not everything was measured")
+        say(f"{documentation.name} is left as it is: not everything was measured")
         return
     versions = {
         "uipe-merge": __version__,
         "mergekit": f"{mergekit.version}, torch {mergekit.torch}",
     }
     command = "make bench" + (f" ARGS={shlex.quote(shlex.join(arguments))}" if arguments else "")
-    PAGE.parent.mkdir(exist_ok=True)
-    text = page(findings, describe(WORK, versions), command, caution(options))
-    PAGE.write_text(text, encoding="utf-8")
-    say(f"written: {PAGE.relative_to(REPOSITORY)}")
+    text = page(findings, describe(work, versions), command, caution(options))
+    documentation.parent.mkdir(exist_ok=True)
+    documentation.write_text(text, encoding="utf-8")
+    say(f"written: {documentation.name}")
 
 
 def caution(options: argparse.Namespace) -> str:
@@ -104,8 +113,8 @@ def caution(options: argparse.Namespace) -> str:
     if options.bytes >= parse_size(SIZE) and options.runs >= RUNS:
         return ""
     return (
-        f"A trial with {options.size} and {options.runs} rounds. The bar is about {SIZE} and "
-        f"{RUNS} rounds: on small models the start of every program outweighs its work."
+        f"**A trial** with {options.size} and {options.runs} rounds. The bar is about {SIZE} and\n"
+        f"> {RUNS} rounds: on small models the start of every program outweighs its work."
     )
 
 

@@ -8,6 +8,7 @@ import sys
 import uipe_merge
 
 ALPHA = 1.0
+TOLERANCE = 0.05
 
 
 def main(original: str, unlearned: str, output: str) -> None:
@@ -15,7 +16,7 @@ def main(original: str, unlearned: str, output: str) -> None:
     found = uipe_merge.inspect(original, unlearned, alphas=(ALPHA,), progress=False)
     print(f"‖v‖/‖θᵤ‖ = {found.total.ratio:.2e}, {len(found.zero)} tensors unchanged")
     (effective,) = found.total.effective_alphas
-    dtype = "auto" if effective is not None and abs(effective - ALPHA) < 0.05 else "float32"
+    dtype = "auto" if effective is not None and abs(effective - ALPHA) < TOLERANCE else "float32"
     report = uipe_merge.merge(original, unlearned, output, alpha=ALPHA, dtype=dtype)
     for name, value in report.summary.rows():
         print(f"{name}: {value}")

@@ -9,12 +9,14 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+
+if TYPE_CHECKING:
+    import numpy as np
 
 CONFIG: dict[str, object] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
@@ -39,7 +41,12 @@ def run_cli(
     ``before`` runs in the child first, to give up a privilege or set a limit there.
     """
     finished = subprocess.run(
-        [sys.executable, "-m", "uipe_merge", *map(os.fspath, map(_text, arguments))],
+        [
+            sys.executable,
+            "-m",
+            "uipe_merge",
+            *(os.fspath(_text(argument)) for argument in arguments),
+        ],
         capture_output=True,
         cwd=cwd,
         env={**os.environ, "NO_COLOR": "1", "COLUMNS": "200", **(env or {})},
@@ -116,7 +123,7 @@ def write_checkpoint(
     """Write a checkpoint directory: safetensors (sharded round-robin), index, config, files."""
     path.mkdir(parents=True, exist_ok=True)
     names = list(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         name = (
             "model.safetensors"

@@ -48,8 +48,7 @@ def dtype_id(value: object) -> str:
 def doubles(tensor: torch.Tensor) -> Array:
     """The values of a tensor, flattened; complex numbers as pairs."""
     flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    values: Array = flat.reshape(-1).double().numpy()
-    return values
+    return np.asarray(flat.reshape(-1).double().numpy(), np.float64)
 
 
 def spacing(values: Array, dtype: torch.dtype) -> Array:
@@ -57,7 +56,7 @@ def spacing(values: Array, dtype: torch.dtype) -> Array:
     digits, lowest, _ = FORMATS[dtype]
     _, exponents = np.frexp(values)
     exponents = np.where(values == 0, lowest, np.maximum(exponents - 1, lowest))
-    return np.ldexp(1.0, exponents - (digits - 1))
+    return np.asarray(np.ldexp(1.0, exponents - (digits - 1)), np.float64)
 
 
 def rounded(values: Array, dtype: torch.dtype) -> Array:

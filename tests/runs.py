@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import pytest
 import torch
 from fakes_output import FailingFileSystem
 from helpers import contents, moved, write_checkpoint
@@ -100,6 +101,23 @@ class Merge:
         executor = Serial() if self.threads == 1 else Threads(self.threads)
         return job.run(plan, executor, filesystem or LocalFileSystem(), progress or Silent())
 
+    def mend(self, complete: dict[str, bytes], *, overwrite: bool = False) -> int:
+        """Run the same command after one that died; return the shards not written again.
+
+        A run that died when its output was complete and its journal gone has nothing to go on
+        with: then the same command is refused like any other that finds an output, and tidies up.
+        """
+        finished = self.output.exists() and not self.journal.exists()
+        resumed = 0
+        if finished and not overwrite:
+            with pytest.raises(OutputError, match="exists and is not empty"):
+                self.run()
+        else:
+            resumed = self.run(overwrite=overwrite).resumed
+        assert self.state(complete) == "complete"
+        assert self.left_over() == []
+        return resumed
+
     @property
     def dtype(self) -> str:
         return self.options.get("--dtype", "auto")
@@ -177,14 +195,26 @@ def interrupt(merge: Merge, shards: int) -> None:
 class Child:
     """The program in a process of its own, to be watched, stopped and killed."""
 
-    def __init__(self, arguments: list[str], **options: int) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        stderr: int = subprocess.PIPE,
+        ignored: tuple[signal.Signals, ...] = (),
+    ) -> None:
+        """Start it; signals are ``ignored`` as under nohup, whatever this process ignores."""
+        asking = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.getsignal(number) for number in asking}
+        for number in asking:
+            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "uipe_merge", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=options.pop("stderr", subprocess.PIPE),
+            stderr=stderr,
             env={**os.environ, "NO_COLOR": "1", "COLUMNS": "200", "PYTHONDONTWRITEBYTECODE": "1"},
         )
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     @property
     def pid(self) -> int:

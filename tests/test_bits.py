@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import bits
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ MOVED = [name for name, dtype in DTYPES.items() if not dtype.computes]
 
 
 def raw(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).cast("B")
+    return memoryview(bits(tensor).tobytes())
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -113,8 +113,9 @@ def test_an_input_that_is_not_finite_is_refused_with_count_and_first_index(
 def test_a_complex_number_that_is_not_finite_counts_once(
     tmp_path: Path, alpha: float, dtype: str
 ) -> None:
-    two = torch.ones(9, dtype=torch.complex64)
-    two[4], two[7] = complex(math.nan, math.inf), complex(0, math.nan)
+    values = [1 + 0j] * 9
+    values[4], values[7] = complex(math.nan, math.inf), complex(0, math.nan)
+    two = torch.tensor(values, dtype=torch.complex64)
     pair(tmp_path, torch.ones(9, dtype=torch.complex64), two)
     with pytest.raises(uipe_merge.NumericError, match=r"holds 2 values .* first at index 4;"):
         uipe_merge.merge(

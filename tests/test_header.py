@@ -153,6 +153,7 @@ class TestRefused:
             ({**entry("U8", [0], 0, 0), "shape": [None]}, "shape is not a list"),
             ({**entry("U8", [0], 0, 0), "shape": ["0"]}, "shape is not a list"),
             ({**entry("U8", [0], 0, 0), "shape": [[0]]}, "shape is not a list"),
+            ({**entry("U8", [0], 0, 0), "shape": [False]}, "shape is not a list"),
             ({**entry("U8", [0], 0, 0), "data_offsets": None}, "data_offsets are not"),
             ({**entry("U8", [0], 0, 0), "data_offsets": [0]}, "data_offsets are not"),
             ({**entry("U8", [0], 0, 0), "data_offsets": [0, 0, 0]}, "data_offsets are not"),
@@ -168,6 +169,21 @@ class TestRefused:
         error = refused(raw_safetensors({"t": value}))
         assert error.tensor == "t"
         assert message in error.message
+
+    @pytest.mark.parametrize(
+        "offsets", [[(0, 4), (0, 4)], [(0, 4), (4, 8), (4, 8)], [(0, 8), (4, 8)]]
+    )
+    def test_tensors_that_overlap_and_add_up_to_the_size(
+        self, offsets: list[tuple[int, int]]
+    ) -> None:
+        document = {
+            f"t{number}": entry("U8", [end - begin], begin, end)
+            for number, (begin, end) in enumerate(offsets)
+        }
+        size = sum(end - begin for begin, end in offsets)
+        error = refused(raw_safetensors(document, bytes(size)))
+        assert error.tensor == f"t{len(offsets) - 1}"
+        assert "overlaps the one before it" in error.message
 
     @pytest.mark.parametrize("metadata", [None, [], "pt", {"a": 1}, {"a": None}, {"a": {}}])
     def test_metadata_that_is(self, metadata: object) -> None:

@@ -69,11 +69,7 @@ class Killer:
 
     def finish(self, *more: str) -> int:
         """Run the same command to its end; return the shards that were not written again."""
-        resumed = 0
-        if self.merge.partial.exists() or self.merge.state(self.complete, self.old) != "complete":
-            resumed = self.merge.run(overwrite="--overwrite" in more).resumed
-        assert self.merge.state(self.complete) == "complete"
-        assert self.merge.left_over() == []
+        resumed = self.merge.mend(self.complete, overwrite="--overwrite" in more)
         assert [contents(path) for path in self.merge.inputs] == self.inputs
         return resumed
 
@@ -86,7 +82,7 @@ def kill_and_rerun(killer: Killer, kills: int) -> None:
         if more:
             killer.put_old_model()
         recorded = killer.kill(*more)
-        to_do = killer.merge.partial.exists()
+        to_do = killer.merge.journal.exists()
         resumed = killer.finish(*more)
         assert resumed >= recorded or not to_do, "recorded shards were written again"
 
@@ -96,6 +92,9 @@ def kill_in_a_row(killer: Killer, kills: int) -> None:
     killer.merge.clear()
     for _ in range(kills):
         killer.kill(ahead=SHARDS // kills)
+        if killer.merge.output.exists():  # killed after all was done: begin again
+            killer.finish()
+            killer.merge.clear()
     code, err = Child(killer.merge.command()).finish()
     assert (code, err) == (0, "")
     killer.finish()

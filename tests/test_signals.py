@@ -20,10 +20,10 @@ def merge(tmp_path: Path) -> Merge:
     return Merge(tmp_path, shards=SHARDS).write_inputs()
 
 
-def stopped_half_way(merge: Merge, *more: str) -> Child:
+def stopped_half_way(merge: Merge, ignored: tuple[signal.Signals, ...] = ()) -> Child:
     """A run that is frozen when some shards are done and some are not."""
     while True:
-        child = Child(merge.command(*more))
+        child = Child(merge.command(), ignored=ignored)
         if child.stop_when(lambda: merge.lines() > 3) and merge.lines() < SHARDS:
             return child
         child.send(signal.SIGKILL)  # it was too fast for this machine: once more
@@ -59,6 +59,14 @@ def test_hazard_signal_ends_a_run_that_can_be_continued(
         f"error: stopped by {number.name}; the same command goes on where this one stopped\n",
     )
     resumes(merge, complete)
+
+
+def test_a_run_under_nohup_outlives_the_terminal(merge: Merge) -> None:
+    complete = merge.undisturbed()
+    child = stopped_half_way(merge, ignored=(signal.SIGHUP, signal.SIGINT))
+    child.send(signal.SIGHUP, signal.SIGINT, signal.SIGCONT)
+    assert child.finish() == (0, "")
+    assert merge.state(complete) == "complete"
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -74,6 +74,14 @@ class TestLinks:
         with pytest.raises(UnsafeInputError, match="outside"):
             folder.open_file("link")
 
+    def test_blobs_beside_anything_but_snapshots_are_outside(self, tmp_path: Path) -> None:
+        (tmp_path / "blobs").mkdir()
+        (tmp_path / "blobs" / "0123").write_bytes(b"blob")
+        (tmp_path / "models" / "abc").mkdir(parents=True)
+        (tmp_path / "models" / "abc" / "link").symlink_to("../../blobs/0123")
+        with pytest.raises(UnsafeInputError, match="outside"):
+            LocalFolder(tmp_path / "models" / "abc").open_file("link")
+
     def hub_cache(self, tmp_path: Path) -> LocalFolder:
         for name in ("n/snapshots/abc/sub", "n/blobs", "n/refs", "m/blobs"):
             (tmp_path / f"models--o--{name}").mkdir(parents=True)

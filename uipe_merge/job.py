@@ -16,11 +16,11 @@ from uipe_merge.checkpoint.index import INDEX_NAME
 from uipe_merge.checkpoint.model import open_checkpoint
 from uipe_merge.checkpoint.pair import match, refuse_swapped
 from uipe_merge.checkpoint.storage import LocalFolder
-from uipe_merge.errors import CorruptInputError, NumericError, listed
+from uipe_merge.errors import CorruptInputError, NumericError, OutputError, listed
 from uipe_merge.output import place
 from uipe_merge.output.card import CARD_NAME, base_models, card_metadata, encode_card
 from uipe_merge.output.filesystem import LocalFileSystem, write_document
-from uipe_merge.output.lock import hold
+from uipe_merge.output.lock import hold, tidy
 from uipe_merge.output.manifest import MANIFEST_NAME, FileRecord, encode_manifest, record_of
 from uipe_merge.output.sidecars import Sidecar, copy_sidecar, plan_sidecars
 from uipe_merge.output.staging import Staging
@@ -123,8 +123,12 @@ def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress
     from uipe_merge.engine import require_unchanged, write_shards  # imports numpy
 
     began = time.monotonic()
-    require_room(job)
     staging = Staging(filesystem, job.output)
+    try:
+        require_room(job)
+    except OutputError:
+        tidy(staging.partial)
+        raise
     identity = _identity(job)
     with hold(staging.partial):
         if staging.was_published(identity):

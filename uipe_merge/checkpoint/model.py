@@ -99,6 +99,14 @@ def _choose(folder: Folder, names: list[str], weights: list[str]) -> tuple[Index
                 file=where,
                 remedy="remove the one that is stale",
             )
+        missing = sorted(set(files) - set(names))
+        if len(missing) > 1:  # a single one is missed, by name, when it is opened
+            raise CorruptInputError(
+                f"lacks {len(missing)} of the {len(files)} shards that {INDEX_NAME} names: "
+                f"{listed(missing)}",
+                file=where,
+                remedy=_AGAIN,
+            )
         return index, files
     if SINGLE_NAME in weights:
         return None, [SINGLE_NAME]

@@ -89,7 +89,8 @@ def main() -> None:
     """Run the program and leave with the exit code of ``uipe_merge.errors``."""
     _open_standard_streams()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _interrupt)
     code = _run(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         try:

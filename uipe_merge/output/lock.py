@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uipe_merge.checkpoint.storage import system_error
-from uipe_merge.errors import OutputLockedError
+from uipe_merge.errors import OutputLockedError, UipeMergeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,6 +46,14 @@ def hold(directory: Path) -> Iterator[None]:
     finally:
         with suppress(OSError):
             directory.rmdir()  # succeeds only where nothing is left to resume
+
+
+def tidy(directory: Path) -> None:
+    """Remove a partial directory in which a run died after everything else was removed."""
+    with suppress(OSError, UipeMergeError):
+        if all(entry.name.startswith("lock") for entry in directory.iterdir()):
+            with hold(directory):
+                pass
 
 
 def _release(path: Path, descriptor: int) -> None:

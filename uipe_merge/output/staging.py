@@ -101,10 +101,12 @@ class Staging:
         self._filesystem.sync_directory(self.output.parent)
         if self.journal.identity() == identity:
             self.done = self._verified()
-        for directory in (self.model, self.partial):
-            for entry in _entries(directory):
-                if entry.name not in self.done and not self._working(entry):
-                    self._remove(entry)
+        for entry in _entries(self.model):
+            if entry.name not in self.done:
+                self._remove(entry)
+        for entry in _entries(self.partial):
+            if not _in_use(entry):
+                self._remove(entry)
         self.journal.begin(identity, self.done.values())
 
     def publish(self, *, overwrite: bool) -> None:
@@ -118,8 +120,6 @@ class Staging:
                 meanwhile, or the rename failed; the finished model then stays in the
                 partial directory.
         """
-        for directory in sorted(path for path in self.model.rglob("*") if path.is_dir()):
-            self._filesystem.sync_directory(directory)
         self._filesystem.sync_directory(self.model)
         self.journal.publishing(self.model.stat().st_ino)
         if overwrite and (self.output / MANIFEST_NAME).is_file():
@@ -139,15 +139,9 @@ class Staging:
         As long as the journal is there, a rerun knows what this was.
         """
         for entry in _entries(self.partial):
-            if entry == self.model or not self._working(entry):
+            if entry == self.model or not _in_use(entry):
                 self._remove(entry)
         self._filesystem.remove(self.partial / "journal")
-
-    def _working(self, entry: Path) -> bool:
-        """Tell whether an entry of the partial directory is in use as long as the run is."""
-        return entry.parent == self.partial and (
-            entry.name in ("model", "journal") or entry.name.startswith("lock")
-        )
 
     def _rename_to_output(self) -> None:
         try:
@@ -174,6 +168,11 @@ class Staging:
             self._filesystem.remove_tree(entry)
         else:
             self._filesystem.remove(entry)
+
+
+def _in_use(entry: Path) -> bool:
+    """Tell whether an entry of the partial directory belongs to a run in hand."""
+    return entry.name in ("model", "journal") or entry.name.startswith("lock")
 
 
 def _entries(directory: Path) -> list[Path]:
