@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from uipe_merge.checkpoint import formats
-from uipe_merge.checkpoint.header import TensorSpec, read_header
+from uipe_merge.checkpoint.header import KnownHeaders, TensorSpec, read_header
 from uipe_merge.checkpoint.index import INDEX_NAME, Index, read_index
 from uipe_merge.checkpoint.storage import read_document
 from uipe_merge.errors import CorruptInputError, listed
@@ -62,8 +62,12 @@ class Checkpoint(NamedTuple):
         return self.folder.location
 
 
-def open_checkpoint(folder: Folder) -> Checkpoint:
+def open_checkpoint(folder: Folder, known: KnownHeaders | None = None) -> Checkpoint:
     """Read the index, every header and the config of the model in ``folder``.
+
+    Args:
+        folder: Where it is.
+        known: Headers of a checkpoint that was opened before, to be shared with this one.
 
     Raises:
         CorruptInputError: A file is damaged, or the files contradict one another.
@@ -77,7 +81,7 @@ def open_checkpoint(folder: Folder) -> Checkpoint:
     if "adapter_config.json" in names and SINGLE_NAME not in names and INDEX_NAME not in names:
         raise formats.no_weights(folder.location, names)
     index, files = _choose(folder, names, weights)
-    tensors, shards = _read_shards(folder, files, index)
+    tensors, shards = _read_shards(folder, files, index, known)
     warnings = _check_total(folder, index, tensors)
     strays = sorted(set(weights) - set(files))
     if strays:
@@ -128,7 +132,7 @@ def _choose(folder: Folder, names: list[str], weights: list[str]) -> tuple[Index
 
 
 def _read_shards(
-    folder: Folder, files: Iterable[str], index: Index | None
+    folder: Folder, files: Iterable[str], index: Index | None, known: KnownHeaders | None
 ) -> tuple[dict[str, TensorSpec], list[ShardInput]]:
     """Read every header and hold it against the index."""
     tensors: dict[str, TensorSpec] = {}
@@ -137,7 +141,7 @@ def _read_shards(
     for name in files:
         file = folder.open_file(name)
         try:
-            header = read_header(file, name)
+            header = read_header(file, name, known)
         finally:
             file.close()
         shards.append(ShardInput(name, file.stamp, header.sha256))

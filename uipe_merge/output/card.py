@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from uipe_merge.checkpoint.storage import read_document
-from uipe_merge.errors import UipeMergeError
+from uipe_merge.errors import OutputError, UipeMergeError
 
 if TYPE_CHECKING:
     from uipe_merge.checkpoint.model import Checkpoint
@@ -42,6 +42,8 @@ def card_metadata(checkpoint: Checkpoint) -> dict[str, object]:
         text = read_document(checkpoint.folder, CARD_NAME, _LARGEST_CARD).decode()
         match = _FRONT_MATTER.match(text)
         metadata = yaml.safe_load(match[1]) if match else {}
+    except OutputError:
+        raise  # a read error tells nothing about the card
     except (UipeMergeError, yaml.YAMLError, *_BAD_VALUES):
         return {}  # a broken card is no reason not to merge; nothing is carried over from it
     return metadata if isinstance(metadata, dict) else {}
