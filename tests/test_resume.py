@@ -12,7 +12,7 @@ from helpers import contents
 from runs import Child, Merge
 
 SHARDS = 40
-PHASES = SHARDS + 8  # what comes after the last shard takes about as long as a few of them
+PHASES = SHARDS + 8  # after the last shard comes, slower, the rest: card, manifest, publishing
 
 
 class Killer:
@@ -41,7 +41,7 @@ class Killer:
             begun = self.merge.lines()
             place = self.random.randrange(begun, min(begun + ahead, PHASES))
             lines = min(place, SHARDS + 1)
-            pause = self.random.uniform(0, 0.005 * (1 + place - lines))
+            pause = self.random.uniform(0, 0.005 if place == lines else 0.05 * (place - lines))
             recorded = 0
             child = Child(self.merge.command(*more))
             if child.wait_for(partial(self._reached, lines)):
