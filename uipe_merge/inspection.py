@@ -152,6 +152,8 @@ def inspect_pair(
     dtype: str,
     executor: Executor,
     progress: Progress,
+    *,
+    allow_pickle: bool = False,
 ) -> Inspection:
     """Stream both checkpoints once and measure every update.
 
@@ -162,12 +164,14 @@ def inspect_pair(
         dtype: The output dtype it is tried at, ``auto`` for the unlearned checkpoint's.
         executor: On what to run.
         progress: Told of every block.
+        allow_pickle: Read ``pytorch_model*.bin`` where there is no safetensors file.
 
     Raises:
         UipeMergeError: A checkpoint cannot be read, or has nothing in common with the other.
         NumericError: A value of an input is not finite.
     """
-    pair = Pair(*(open_checkpoint(LocalFolder(path)) for path in (original, unlearned)))
+    folders = [LocalFolder(original), LocalFolder(unlearned)]
+    pair = Pair(*(open_checkpoint(folder, allow_pickle=allow_pickle) for folder in folders))
     pairing = match(*pair)
     if not pairing.pairs:
         pairing.require_match(*pair)

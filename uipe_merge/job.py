@@ -73,6 +73,8 @@ class Job:
             words += ["--dtype", recipe.dtype]
         if recipe.max_shard_bytes is not None:
             words += ["--max-shard-size", str(recipe.max_shard_bytes)]
+        if any(shard.name.endswith(".bin") for side in self.pair for shard in side.shards):
+            words.append("--allow-pickle")
         return shlex.join(words)
 
 
@@ -83,6 +85,7 @@ def prepare(
     recipe: Recipe,
     *,
     overwrite: bool = False,
+    allow_pickle: bool = False,
 ) -> Job:
     """Read headers and decide everything; write nothing.
 
@@ -93,7 +96,7 @@ def prepare(
     folders = [LocalFolder(original), LocalFolder(unlearned)]
     target = place.resolve(output, [folder.location for folder in folders])
     with _collector_paused():
-        pair = Pair(*(open_checkpoint(folder) for folder in folders))
+        pair = Pair(*(open_checkpoint(folder, allow_pickle=allow_pickle) for folder in folders))
         refuse_swapped(*pair, base_models(card_metadata(pair.original)))
         pairing = match(*pair)
         pairing.require_match(*pair)

@@ -238,7 +238,7 @@ def _layout(
     if limit is None:
         groups: dict[str, list[Step]] = {}
         for step in drafts:
-            groups.setdefault(unlearned.tensors[step.name].file, []).append(step)
+            groups.setdefault(_output_name(unlearned.tensors[step.name].file), []).append(step)
         if len(groups) == 1:
             groups = {SINGLE_NAME: drafts}
         yield from groups.items()
@@ -263,6 +263,13 @@ def _layout(
         return
     for number, group in enumerate(filled, 1):
         yield f"model-{number:05d}-of-{len(filled):05d}.safetensors", group
+
+
+def _output_name(file: str) -> str:
+    """Return the name of an output shard laid out like the input ``file``."""
+    if not file.endswith(".bin"):
+        return file
+    return f"{file.removesuffix('.bin').replace('pytorch_model', 'model')}.safetensors"
 
 
 def _place(name: str, drafts: list[Step]) -> Shard:
