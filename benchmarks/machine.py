@@ -9,6 +9,11 @@ import re
 from pathlib import Path
 
 
+def load() -> float:
+    """Return how many programs wanted a processor in the last minute, on average."""
+    return os.getloadavg()[0]
+
+
 def describe(where: Path, versions: dict[str, str]) -> list[tuple[str, str]]:
     """Return rows of what and how much.
 

@@ -134,11 +134,11 @@ def page(
         findings: What was found, in order.
         machine: What it was measured on.
         command: The command that writes the page anew.
-        caution: Why the figures are not those that the bar speaks of; empty if they are.
+        caution: Lines that say why the figures do not count; empty if they do.
     """
     parts = [INTRODUCTION]
     if caution:
-        parts.append(f"> {caution}\n")
+        parts.append("\n".join(f"> {line}" for line in caution.splitlines()) + "\n")
     parts += [
         tables(findings) + "\n",
         HOW,

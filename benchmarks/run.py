@@ -14,7 +14,7 @@ from pathlib import Path
 
 import peer
 from cases import CASES, Bench, room_needed
-from machine import describe
+from machine import describe, load
 from measuring import FailedError
 from results import page, tables
 
@@ -26,6 +26,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 WORK = REPOSITORY / ".bench"
 PAGE = REPOSITORY / "docs" / "performance.md"
 SIZE, RUNS = "2.5GB", 5
+BUSY = 0.5
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -81,6 +82,7 @@ def measure(
         documentation: The page to write if everything was measured.
     """
     chosen = [options.only] if options.only else list(CASES)
+    busy = load()
     wanted = "pair" in chosen and not options.skip_mergekit
     mergekit = peer.install(work / "mergekit-env", say) if wanted else None
     findings = []
@@ -102,20 +104,28 @@ def measure(
         "mergekit": f"{mergekit.version}, torch {mergekit.torch}",
     }
     command = "make bench" + (f" ARGS={shlex.quote(shlex.join(arguments))}" if arguments else "")
-    text = page(findings, describe(work, versions), command, caution(options))
+    text = page(findings, describe(work, versions), command, caution(options, busy))
     documentation.parent.mkdir(exist_ok=True)
     documentation.write_text(text, encoding="utf-8")
     say(f"written: {documentation.name}")
 
 
-def caution(options: argparse.Namespace) -> str:
-    """Say why figures do not count, if they do not: the bar is about a full-size run."""
-    if options.bytes >= parse_size(SIZE) and options.runs >= RUNS:
-        return ""
-    return (
-        f"**A trial** with {options.size} and {options.runs} rounds. The bar is about {SIZE} and\n"
-        f"> {RUNS} rounds: on small models the start of every program outweighs its work."
-    )
+def caution(options: argparse.Namespace, busy: float) -> str:
+    """Say why figures do not count, if they do not.
+
+    Args:
+        options: From ``parse``. The bar is about a full-size run.
+        busy: The load of the machine before the run.
+    """
+    reasons = []
+    if options.bytes < parse_size(SIZE) or options.runs < RUNS:
+        reasons.append(
+            f"A trial with {options.size} and {options.runs} rounds: the bar is about {SIZE} and "
+            f"{RUNS} rounds, and on small models the start of a program outweighs its work."
+        )
+    if busy > BUSY:
+        reasons.append(f"The machine was busy with something else (load {busy:.1f}).")
+    return "\n".join(reasons)
 
 
 def say(line: str) -> None:

@@ -114,12 +114,12 @@ def test_the_page_has_every_section_the_caution_and_the_command() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "cautious"),
-    [([], False), (["--size", "3GB"], False), (["--runs", "1"], True), (["--size", "1GB"], True)],
-    ids=["default", "larger", "one round", "smaller"],
+    ("arguments", "busy", "lines"),
+    [("", 0, 0), ("--size 3GB", 0, 0), ("--runs 1", 0, 1), ("--size 1GB", 0, 1), ("", 2, 1)],
+    ids=["default", "larger", "one round", "smaller", "busy machine"],
 )
-def test_a_smaller_run_says_that_it_does_not_count(arguments: list[str], cautious: bool) -> None:
-    assert bool(run.caution(run.parse(arguments))) == cautious
+def test_a_run_says_if_it_does_not_count(arguments: str, busy: float, lines: int) -> None:
+    assert len(run.caution(run.parse(arguments.split()), busy).splitlines()) == lines
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from helpers import contents
 from runs import Merge, in_memory
 
 from uipe_merge.errors import OutputError
+from uipe_merge.output.filesystem import LocalFile, LocalFileSystem
 
 PARTIAL = ".out.uipe-partial"
 MODEL = f"{PARTIAL}/model"
@@ -131,6 +132,40 @@ def test_no_file_is_closed_while_another_thread_still_writes_to_it(tmp_path: Pat
     assert "close" not in {call.name for call in slow.during}
     closed = [call.path for call in slow.calls if call.name == "close"]
     assert sorted(closed) == [f"{PARTIAL}/journal.tmp", f"{MODEL}/{FIRST}", f"{MODEL}/{SECOND}"]
+
+
+class FirstBlockFails(LocalFileSystem):
+    """Fails the first block of a shard when the second has been written already."""
+
+    def create(self, path: Path) -> LocalFile:
+        return (
+            FirstBlockFailsFile(path) if path.name == "model.safetensors.tmp" else LocalFile(path)
+        )
+
+
+class FirstBlockFailsFile(LocalFile):
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.header = 0
+        self.second_written = threading.Event()
+
+    def write_at(self, data: memoryview | bytes, offset: int) -> None:
+        if offset == 0:
+            self.header = len(data)
+        elif offset == self.header:
+            assert self.second_written.wait(60)
+            raise OutputError("no space left on device")
+        super().write_at(data, offset)
+        if offset > self.header:
+            self.second_written.set()
+
+
+@pytest.mark.timeout(100)
+def test_a_thread_that_waits_for_an_earlier_block_does_not_wait_for_ever(tmp_path: Path) -> None:
+    merge = Merge(tmp_path, threads=2, shards=1).write_inputs()
+    with pytest.raises(OutputError, match="no space left"):
+        merge.run(FirstBlockFails())
+    assert merge.left_over() == [PARTIAL]
 
 
 def test_replacing_by_three_renames_gives_the_old_model_back(

@@ -134,7 +134,11 @@ def test_hazard_torn_or_flipped_journal_ends_in_the_same_bytes(
     assert merge.left_over() == []
 
 
-def test_an_undamaged_journal_saves_the_finished_shards(merge: Merge) -> None:
+@pytest.mark.parametrize("alpha", [0.0, 2.0], ids=["copying", "arithmetic"])
+def test_an_undamaged_journal_saves_the_finished_shards_and_their_sums(
+    merge: Merge, alpha: float
+) -> None:
+    merge = Merge(merge.root, alpha)
     complete = merge.undisturbed()
     interrupt(merge, shards=2)
     recorded = merge.model.glob("model-0000[12]-*.safetensors")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from uipe_merge.checkpoint.header import KnownHeaders
     from uipe_merge.executors import Executor
     from uipe_merge.output.filesystem import FileSystem
     from uipe_merge.output.journal import ShardRecord
@@ -96,7 +97,10 @@ def prepare(
     folders = [LocalFolder(original), LocalFolder(unlearned)]
     target = place.resolve(output, [folder.location for folder in folders])
     with _collector_paused():
-        pair = Pair(*(open_checkpoint(folder, allow_pickle=allow_pickle) for folder in folders))
+        known: KnownHeaders = {}
+        pair = Pair(
+            *(open_checkpoint(folder, known, allow_pickle=allow_pickle) for folder in folders)
+        )
         refuse_swapped(*pair, base_models(card_metadata(pair.original)))
         pairing = match(*pair)
         pairing.require_match(*pair)

@@ -78,8 +78,18 @@ class Header(NamedTuple):
     sha256: str
 
 
-def read_header(file: InputFile, name: str) -> Header:
+KnownHeaders = dict[tuple[str, str, int], Header]
+"""Headers by digest, file name and file size, so that the second checkpoint of a pair, whose
+headers mostly say the same, is not parsed again."""
+
+
+def read_header(file: InputFile, name: str, known: KnownHeaders | None = None) -> Header:
     """Read and check the header of an open shard called ``name``.
+
+    Args:
+        file: The open shard.
+        name: Its name, for the tensors it holds.
+        known: Headers that were read before; this one is looked up there and put there.
 
     Raises:
         CorruptInputError: Whatever is wrong with it, naming the file and, where there is
@@ -109,13 +119,19 @@ def read_header(file: InputFile, name: str) -> Header:
     file.read_into(memoryview(raw), 0)
     digest = hashlib.sha256(raw).hexdigest()
     del raw[: _LENGTH.size]
+    key = (digest, name, size)
+    if known is not None and key in known:
+        return known[key]
     try:
         tensors = _parse(raw, name, length + _LENGTH.size, size)
     except _HeaderError as error:
         raise CorruptInputError(
             str(error), file=file.path, tensor=error.tensor, remedy=_AGAIN
         ) from None
-    return Header(tensors, digest)
+    header = Header(tensors, digest)
+    if known is not None:
+        known[key] = header
+    return header
 
 
 class _HeaderError(ValueError):

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from uipe_merge.checkpoint import formats
-from uipe_merge.checkpoint.header import Header, TensorSpec, read_header
+from uipe_merge.checkpoint.header import Header, KnownHeaders, TensorSpec, read_header
 from uipe_merge.checkpoint.index import INDEX_NAME, Index, read_index
 from uipe_merge.checkpoint.pickled import read_pickled
 from uipe_merge.checkpoint.storage import read_document
@@ -31,13 +31,13 @@ class Family(NamedTuple):
         single: The one file of a checkpoint that is not sharded.
         index_name: The index of one that is.
         ending: What its files end in.
-        read: Reads the tensors of an open file, given its name.
+        read: Reads the tensors of an open file, given its name and the headers known already.
     """
 
     single: str
     index_name: str
     ending: str
-    read: Callable[[InputFile, str], Header]
+    read: Callable[[InputFile, str, KnownHeaders | None], Header]
 
 
 SAFETENSORS = Family(SINGLE_NAME, INDEX_NAME, ".safetensors", read_header)
@@ -83,11 +83,14 @@ class Checkpoint(NamedTuple):
         return self.folder.location
 
 
-def open_checkpoint(folder: Folder, *, allow_pickle: bool = False) -> Checkpoint:
+def open_checkpoint(
+    folder: Folder, known: KnownHeaders | None = None, *, allow_pickle: bool = False
+) -> Checkpoint:
     """Read the index, every header and the config of the model in ``folder``.
 
     Args:
         folder: Where it is.
+        known: Headers of a checkpoint that was opened before, to be shared with this one.
         allow_pickle: Read ``pytorch_model*.bin`` where there is no safetensors file.
 
     Raises:
@@ -106,7 +109,7 @@ def open_checkpoint(folder: Folder, *, allow_pickle: bool = False) -> Checkpoint
     if "adapter_config.json" in names and SINGLE_NAME not in names and INDEX_NAME not in names:
         raise formats.no_weights(folder.location, names)
     index, files = _choose(folder, names, weights, family)
-    tensors, shards = _read_shards(folder, files, index, family)
+    tensors, shards = _read_shards(folder, files, index, family, known)
     warnings = _check_total(folder, index, tensors)
     strays = sorted(set(weights) - set(files))
     if strays:
@@ -163,7 +166,11 @@ def _choose(
 
 
 def _read_shards(
-    folder: Folder, files: Iterable[str], index: Index | None, family: Family
+    folder: Folder,
+    files: Iterable[str],
+    index: Index | None,
+    family: Family,
+    known: KnownHeaders | None,
 ) -> tuple[dict[str, TensorSpec], list[ShardInput]]:
     """Read every header and hold it against the index."""
     tensors: dict[str, TensorSpec] = {}
@@ -172,7 +179,7 @@ def _read_shards(
     for name in files:
         file = folder.open_file(name)
         try:
-            header = family.read(file, name)
+            header = family.read(file, name, known)
         finally:
             file.close()
         shards.append(ShardInput(name, file.stamp, header.sha256))

@@ -24,6 +24,7 @@ from uipe_merge.checkpoint.header import Header, TensorSpec
 from uipe_merge.errors import CorruptInputError, IncompatibleModelsError, UnsafeInputError, escape
 
 if TYPE_CHECKING:
+    from uipe_merge.checkpoint.header import KnownHeaders
     from uipe_merge.checkpoint.storage import InputFile
 
 MAX_PICKLE = 64 * 2**20
@@ -35,14 +36,20 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _SAVE_AGAIN = "load it with a trusted program and save it as safetensors"
 
 
-def read_pickled(file: InputFile, name: str) -> Header:
+def read_pickled(file: InputFile, name: str, known: KnownHeaders | None = None) -> Header:
     """Return the tensors of an open ``.bin`` file called ``name``.
+
+    Args:
+        file: The open file.
+        name: Its name, for the tensors it holds.
+        known: Not used: where a tensor lies in a zip archive depends on the file.
 
     Raises:
         UnsafeInputError: The zip or its pickle is not what ``torch.save`` writes.
         CorruptInputError: It is no zip archive, or a tensor lies outside its storage.
         IncompatibleModelsError: A tensor is not contiguous.
     """
+    del known
     try:
         archive = zipfile.ZipFile(io.BufferedReader(_Stream(file)))
     except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError):

@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from uipe_merge.checkpoint.storage import read_document
-from uipe_merge.errors import UipeMergeError
+from uipe_merge.errors import OutputError, UipeMergeError
 
 if TYPE_CHECKING:
     from uipe_merge.checkpoint.model import Checkpoint
@@ -18,6 +18,7 @@ CARD_NAME = "README.md"
 _FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
 _LICENCE_FIELDS = ("license", "license_name", "license_link")
 _CARRIED_FIELDS = (*_LICENCE_FIELDS, "language")
+_BAD_VALUES = (ValueError, LookupError, AttributeError, RecursionError)  # of tags, from PyYAML
 _LARGEST_CARD = 2_000_000
 _CACHE = re.compile(r"models--(.+?)--(.+)")
 
@@ -41,15 +42,21 @@ def card_metadata(checkpoint: Checkpoint) -> dict[str, object]:
         text = read_document(checkpoint.folder, CARD_NAME, _LARGEST_CARD).decode()
         match = _FRONT_MATTER.match(text)
         metadata = yaml.safe_load(match[1]) if match else {}
-    except (UipeMergeError, ValueError, RecursionError, yaml.YAMLError):
+    except OutputError:
+        raise  # a read error tells nothing about the card
+    except (UipeMergeError, yaml.YAMLError, *_BAD_VALUES):
         return {}  # a broken card is no reason not to merge; nothing is carried over from it
     return metadata if isinstance(metadata, dict) else {}
 
 
 def base_models(metadata: dict[str, object]) -> list[str]:
-    """Return what a card calls its base models."""
+    """Return what a card calls its base models; anything but names is passed over.
+
+    To print it could take for ever: with YAML's aliases a list of lists grows exponentially.
+    """
     named = metadata.get("base_model", [])
-    return [str(name) for name in (named if isinstance(named, list) else [named])]
+    names = named if isinstance(named, list) else [named]
+    return [name for name in names if isinstance(name, str)]
 
 
 def encode_card(
