@@ -51,11 +51,13 @@ class ShardInput(NamedTuple):
         name: File name.
         stamp: Size and modification time at planning.
         header_sha256: Digest of its header.
+        home: Which of the checkpoint's folders it is in; ``""`` is its own.
     """
 
     name: str
     stamp: Stamp
     header_sha256: str
+    home: str = ""
 
 
 class Checkpoint(NamedTuple):
@@ -68,6 +70,8 @@ class Checkpoint(NamedTuple):
         tensors: Every tensor by name, shard by shard in the order of the bytes.
         config: The parsed ``config.json``, empty where there is none.
         warnings: What is odd but harmless.
+        folders: The folders its tensors are read from, by ``TensorSpec.home``: its own, and
+            for an adapter that of its base.
     """
 
     folder: Folder
@@ -76,6 +80,7 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, TensorSpec]
     config: dict[str, object]
     warnings: list[str]
+    folders: dict[str, Folder]
 
     @property
     def location(self) -> str:
@@ -116,7 +121,7 @@ def open_checkpoint(
         warnings.append(f"{folder.location}: {listed(strays)} not part of the model, ignored")
     config = _read_config(folder) if "config.json" in names else {}
     formats.refuse_quantised(folder.location, config, tensors)
-    return Checkpoint(folder, names, shards, tensors, config, warnings)
+    return Checkpoint(folder, names, shards, tensors, config, warnings, {"": folder})
 
 
 def _weights(names: list[str], family: Family) -> list[str]:
