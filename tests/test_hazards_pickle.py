@@ -44,8 +44,6 @@ def hostile(path: Path, payload: bytes, **entries: bytes) -> Path:
 
 def described(rows: dict[str, tuple[int, int, tuple[int, ...], tuple[int, ...]]]) -> bytes:
     """The pickle of a state dict: name → (storage elements, offset, shape, stride), float32."""
-
-
     # Written by hand, opcode by opcode, as torch.save writes it.
     out = io.BytesIO()
     out.write(b"\x80\x02}(")
@@ -86,7 +84,9 @@ def test_with_the_flag_bin_gives_what_safetensors_gives(tmp_path: Path, sharded:
     second = tmp_path / "unlearned"
     if sharded:
         names = list(update)
-        files = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(names)}
+        files = {
+            name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(names)
+        }
         for file in sorted(set(files.values())):
             write_bin(second, {n: update[n] for n in names if files[n] == file}, file)
         index = {"metadata": {}, "weight_map": files}
@@ -124,7 +124,7 @@ def test_hazard_os_system_reduce_does_not_run(tmp_path: Path, original: Path) ->
             pickle.dumps({"w": Evil()}, 2),
             f"cos\nsystem\n(S'touch {canary}'\ntR.".encode(),
             f"(S'touch {canary}'\nios\nsystem\n.".encode(),
-            b"cbuiltins\nexec\n(S'open(\"" + str(canary).encode() + b"\",\"w\")'\ntR.",
+            b"cbuiltins\nexec\n(S'open(\"" + str(canary).encode() + b'","w")\'\ntR.',
         ]
     ):
         unlearned = hostile(tmp_path / f"unlearned{number}", payload)
@@ -159,10 +159,12 @@ def test_hazard_compressed_entry_is_refused_before_it_is_inflated(
 ) -> None:
     unlearned = tmp_path / "unlearned"
     unlearned.mkdir()
-    with zipfile.ZipFile(unlearned / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as archive:
-        with archive.open("m/data.pkl", "w") as bomb:
-            for _ in range(64):
-                bomb.write(bytes(2**24))  # 1 GiB of zeros in 1 MB
+    with (
+        zipfile.ZipFile(unlearned / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("m/data.pkl", "w") as bomb,
+    ):
+        for _ in range(64):
+            bomb.write(bytes(2**24))  # 1 GiB of zeros in 1 MB
     result = run_cli(original, unlearned, "--alpha", 1, "-o", tmp_path / "out", FLAG)
     assert_refused(result, 6, "compressed entry")
 
@@ -179,12 +181,10 @@ def test_hazard_entry_that_climbs_out_and_entry_twice(tmp_path: Path, original: 
         assert_refused(result, 6, "outside its own folder")
     unlearned = tmp_path / "twice"
     unlearned.mkdir()
-    with (
-        zipfile.ZipFile(unlearned / "pytorch_model.bin", "w") as archive,
-        pytest.warns(UserWarning, match="Duplicate name"),
-    ):
+    with zipfile.ZipFile(unlearned / "pytorch_model.bin", "w") as archive:
         archive.writestr("m/data.pkl", pickled)
-        archive.writestr("m/data.pkl", pickled)
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("m/data.pkl", pickled)
     result = run_here(original, unlearned, "--alpha", 1, "-o", tmp_path / "out", FLAG)
     assert_refused(result, 6, "twice")
 

@@ -161,7 +161,7 @@ def pieces(
         return
     one, two, three = step.original.dtype, step.source.dtype, step.dtype
     first, second, result = _view(original, one), _view(unlearned, two), _view(out, three)
-    comparable = one == two == three and step.original.factors == step.source.factors
+    comparable = one == two == three and not (step.original.factors or step.source.factors)
     width = two.lane_bytes
     for start in range(0, len(result), CELL):
         part = slice(start, start + CELL)
