@@ -40,7 +40,7 @@ def trained(model: Any, path: Path, seed: int, **options: Any) -> Path:
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data.add_(torch.randn_like(parameter) * 0.02)
-    wrapped.save_pretrained(path)
+    wrapped.save_pretrained(str(path))
     return path
 
 
