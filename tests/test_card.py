@@ -14,7 +14,8 @@ from uipe_merge.output.card import base_models, card_metadata
 def checkpoint(card: str | bytes | None) -> Checkpoint:
     content = card.encode() if isinstance(card, str) else card
     files = {} if content is None else {"README.md": content}
-    return Checkpoint(MemoryFolder(files), sorted(files), [], {}, {}, [])
+    folder = MemoryFolder(files)
+    return Checkpoint(folder, sorted(files), [], {}, {}, [], {"": folder})
 
 
 def card(metadata: str) -> str:

@@ -139,7 +139,7 @@ def test_torch_dcp_shards(tmp_path: Path, side: str, with_index: bool) -> None:
         pytest.param(
             6,
             ["config.json", "pytorch_model.bin"],
-            ["pickled weights ('pytorch_model.bin')", "run code", "save it as safetensors"],
+            ["pickled weights ('pytorch_model.bin')", "run code", "--allow-pickle"],
             id=".bin by default",
         ),
         pytest.param(6, ["consolidated.00.pth"], ["'consolidated.00.pth'"], id=".pth"),

@@ -28,6 +28,7 @@ def plan(
     dtype: str = "auto",
     max_shard_size: str | int | None = None,
     overwrite: bool = False,
+    allow_pickle: bool = False,
 ) -> Job:
     """Read headers and decide everything; write nothing. The arguments are ``merge``'s.
 
@@ -39,7 +40,9 @@ def plan(
 
     limit = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
     recipe = Recipe(float(alpha), dtype, limit)
-    return job.prepare(original, unlearned, output, recipe, overwrite=overwrite)
+    return job.prepare(
+        original, unlearned, output, recipe, overwrite=overwrite, allow_pickle=allow_pickle
+    )
 
 
 def merge(
@@ -51,6 +54,7 @@ def merge(
     dtype: str = "auto",
     max_shard_size: str | int | None = None,
     overwrite: bool = False,
+    allow_pickle: bool = False,
     threads: int | None = None,
     progress: bool | Progress = True,
 ) -> MergeReport:
@@ -69,6 +73,8 @@ def merge(
         max_shard_size: Largest output shard, in bytes or as ``5GB``; by default the shards
             of the unlearned checkpoint.
         overwrite: Replace a model that this tool wrote at ``output``.
+        allow_pickle: Read ``pytorch_model*.bin`` where there is no safetensors file; nothing in
+            the pickle is run.
         threads: Threads; by default the processors there are, at most 8. Changes no byte.
         progress: Show a tqdm bar; or an object to be told of the progress.
 
@@ -91,6 +97,7 @@ def merge(
         dtype=dtype,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
+        allow_pickle=allow_pickle,
     )
     return job.run(prepared, make_executor(threads), LocalFileSystem(), _watcher(progress))
 
@@ -101,6 +108,7 @@ def inspect(
     *,
     alphas: tuple[float, ...] | None = None,
     dtype: str = "auto",
+    allow_pickle: bool = False,
     threads: int | None = None,
     progress: bool | Progress = True,
 ) -> Inspection:
@@ -113,6 +121,7 @@ def inspect(
         unlearned: Directory of the unlearned checkpoint θᵤ.
         alphas: The α whose rounding is tried; by default 0.1, 0.25, 0.5, 1 and 2.
         dtype: The output dtype the rounding is tried at, as for ``merge``.
+        allow_pickle: As for ``merge``.
         threads: As for ``merge``.
         progress: As for ``merge``.
 
@@ -131,6 +140,7 @@ def inspect(
             dtype,
             make_executor(threads),
             watcher,
+            allow_pickle=allow_pickle,
         )
     finally:
         watcher.close()

@@ -87,7 +87,7 @@ def require_unchanged(pair: Pair) -> None:
     """
     for checkpoint in pair:
         for shard in checkpoint.shards:
-            file = checkpoint.folder.open_file(shard.name)
+            file = checkpoint.folders[shard.home].open_file(shard.name)
             try:
                 check_stamp(file, shard.stamp)
             finally:

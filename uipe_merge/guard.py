@@ -12,7 +12,7 @@ from uipe_merge.bits import BitScanner, NonFinite, combine
 from uipe_merge.checkpoint.dtypes import DTYPES
 from uipe_merge.errors import NumericError
 from uipe_merge.plan import BLOCK, Plan, Step
-from uipe_merge.reader import BlockReader, Pair, widest_input
+from uipe_merge.reader import BlockReader, Pair, shown, widest_input
 
 if TYPE_CHECKING:
     from uipe_merge.checkpoint.header import TensorSpec
@@ -69,26 +69,35 @@ class Guard:
         """
         assert step.original is not None  # noqa: S101 - the plan gives it to what has moments
         if self._finite_inputs != step.name:
-            self._refuse_inputs([(step.original, 0), (step.source, 1)])
+            tensors = [(step.original, 0), (step.source, 1)]
+            for spec, side in list(tensors):
+                halves = [half for factor in spec.factors for half in (factor.left, factor.right)]
+                tensors += [(half, side) for half in halves if half is not None]
+            self._refuse_inputs(tensors)
             self._finite_inputs = step.name
 
     def _refuse_overflow(self, step: Step, kernels: Kernels) -> None:
         """Go over the whole tensor again; refuse it if the output type cannot hold it."""
         assert step.original is not None  # noqa: S101 - given by the plan, or by check_cast
         side = 0 if step.from_original else 1
+        from uipe_merge.deltas import Deltas  # imports torch
+
         count, largest = 0, 0.0
         reader = BlockReader(self._pair, widest_input(self._plan), BLOCK)
+        deltas = Deltas(self._pair)
         try:
             for start, source in reader.pieces(step.source, side):
                 elements = len(source) * 8 // step.source.dtype.bits
                 cast = step.operation == "cast"
                 original = source if cast else reader.read(step.original, 0, start, elements)
-                over, most = kernels.overflow(step, original, source)
+                cells = deltas.at(step, start)
+                over, most = kernels.overflow(step, original, source, cells)
                 count, largest = count + over, max(largest, most)
         finally:
             reader.close()
+            deltas.close()
         if count:
-            raise _overflow(f"{self._pair[side].location}/{step.source.file}", step, count, largest)
+            raise _overflow(shown(self._pair, step.source, side), step, count, largest)
 
     def _refuse_inputs(self, tensors: list[tuple[TensorSpec, int]]) -> None:
         reader = BlockReader(self._pair, widest_input(self._plan), BLOCK)
@@ -99,15 +108,15 @@ class Guard:
                     for start, piece in reader.pieces(spec, side)
                 )
                 if found is not None:
-                    raise _not_finite(self._pair[side].location, spec, found)
+                    raise _not_finite(shown(self._pair, spec, side), spec, found)
         finally:
             reader.close()
 
 
-def _not_finite(location: str, spec: TensorSpec, found: NonFinite) -> NumericError:
+def _not_finite(file: str, spec: TensorSpec, found: NonFinite) -> NumericError:
     return NumericError(
         f"holds {found.total} values that are NaN or infinite, the first at index {found.first}",
-        file=f"{location}/{spec.file}",
+        file=file,
         tensor=spec.name,
         remedy="this checkpoint is broken: a training run that diverged, or a bad save",
     )

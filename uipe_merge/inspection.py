@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from uipe_merge.bits import count_differing
-from uipe_merge.checkpoint.model import open_checkpoint
 from uipe_merge.checkpoint.pair import match
-from uipe_merge.checkpoint.storage import LocalFolder
 from uipe_merge.guard import Guard
 from uipe_merge.naming import Place, place
+from uipe_merge.opening import open_pair
 from uipe_merge.plan import BLOCK, Block, Plan, blocks, make_plan
 from uipe_merge.reader import BlockReader, Pair, widest_input
 from uipe_merge.recipe import Recipe
@@ -152,6 +151,8 @@ def inspect_pair(
     dtype: str,
     executor: Executor,
     progress: Progress,
+    *,
+    allow_pickle: bool = False,
 ) -> Inspection:
     """Stream both checkpoints once and measure every update.
 
@@ -162,12 +163,13 @@ def inspect_pair(
         dtype: The output dtype it is tried at, ``auto`` for the unlearned checkpoint's.
         executor: On what to run.
         progress: Told of every block.
+        allow_pickle: Read ``pytorch_model*.bin`` where there is no safetensors file.
 
     Raises:
         UipeMergeError: A checkpoint cannot be read, or has nothing in common with the other.
         NumericError: A value of an input is not finite.
     """
-    pair = Pair(*(open_checkpoint(LocalFolder(path)) for path in (original, unlearned)))
+    pair = open_pair(original, unlearned, allow_pickle=allow_pickle)
     pairing = match(*pair)
     if not pairing.pairs:
         pairing.require_match(*pair)
@@ -209,8 +211,10 @@ class InspectWorker:
 
     def __init__(self, plan: Plan, pair: Pair, alphas: tuple[float, ...]) -> None:
         """Allocate the buffers of one thread."""
+        from uipe_merge.deltas import Deltas
         from uipe_merge.kernels import Kernels
 
+        self._deltas = Deltas(pair)
         self._plan = plan
         self._alphas = alphas
         self._reader = BlockReader(pair, widest_input(plan), BLOCK)
@@ -229,7 +233,9 @@ class InspectWorker:
             return block, [(0.0, 0.0, float(differing))]
         rows = []
         out = self._out[: block.elements * step.dtype.bits // 8]
-        for row, finite in self._kernels.measure(step, original, unlearned, out, self._alphas):
+        for row, finite in self._kernels.measure(
+            step, original, unlearned, out, self._alphas, self._deltas.at(step, block.start)
+        ):
             if not finite:
                 self._guard.check_inputs(step)
             rows.append(row)
@@ -238,6 +244,7 @@ class InspectWorker:
     def close(self) -> None:
         """Close the input files."""
         self._reader.close()
+        self._deltas.close()
 
 
 def _items(plan: Plan, width: int) -> Iterator[Block]:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from uipe_merge._version import __version__
 from uipe_merge.checkpoint.index import INDEX_NAME
-from uipe_merge.checkpoint.model import open_checkpoint
 from uipe_merge.checkpoint.pair import match, refuse_swapped
 from uipe_merge.checkpoint.storage import LocalFolder
 from uipe_merge.errors import CorruptInputError, NumericError, OutputError, listed
+from uipe_merge.opening import locations, open_pair
 from uipe_merge.output import place
 from uipe_merge.output.card import CARD_NAME, base_models, card_metadata, encode_card
 from uipe_merge.output.filesystem import LocalFileSystem, write_document
@@ -25,18 +25,17 @@ from uipe_merge.output.manifest import MANIFEST_NAME, FileRecord, encode_manifes
 from uipe_merge.output.sidecars import Sidecar, copy_sidecar, plan_sidecars
 from uipe_merge.output.staging import Staging
 from uipe_merge.plan import NUMERICS, Plan, make_plan
-from uipe_merge.reader import Pair
 from uipe_merge.report import MergeReport, Summary, Sums, summarise, tensor_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from uipe_merge.checkpoint.header import KnownHeaders
     from uipe_merge.executors import Executor
     from uipe_merge.output.filesystem import FileSystem
     from uipe_merge.output.journal import ShardRecord
     from uipe_merge.progress import Progress
+    from uipe_merge.reader import Pair
     from uipe_merge.recipe import Recipe
 
 PathLike = str | os.PathLike[str]
@@ -51,6 +50,7 @@ class Job:
         pair: The two checkpoints.
         sidecars: The files that go beside the weights.
         output: The real path of the output.
+        arguments: The two inputs as the user named them.
         named: The output as the user named it.
         space: What the disk needs and has.
         overwrite: Whether a model at the output may be replaced.
@@ -60,6 +60,7 @@ class Job:
     pair: Pair
     sidecars: list[Sidecar]
     output: Path
+    arguments: tuple[str, str]
     named: str
     space: place.Space
     overwrite: bool
@@ -68,12 +69,14 @@ class Job:
     def command(self) -> str:
         """The command line that makes this output."""
         recipe = self.plan.recipe
-        words = ["uipe-merge", *(_operand(checkpoint.location) for checkpoint in self.pair)]
+        words = ["uipe-merge", *(_operand(argument) for argument in self.arguments)]
         words += ["--alpha", repr(recipe.alpha).removesuffix(".0"), "-o", self.named]
         if recipe.dtype != "auto":
             words += ["--dtype", recipe.dtype]
         if recipe.max_shard_bytes is not None:
             words += ["--max-shard-size", str(recipe.max_shard_bytes)]
+        if any(shard.name.endswith(".bin") for side in self.pair for shard in side.shards):
+            words.append("--allow-pickle")
         return shlex.join(words)
 
 
@@ -84,6 +87,7 @@ def prepare(
     recipe: Recipe,
     *,
     overwrite: bool = False,
+    allow_pickle: bool = False,
 ) -> Job:
     """Read headers and decide everything; write nothing.
 
@@ -91,11 +95,12 @@ def prepare(
         UipeMergeError: Whatever is wrong with the inputs or the arguments, with its exit code.
             ``require_room`` looks at the output's place and the disk.
     """
-    folders = [LocalFolder(original), LocalFolder(unlearned)]
-    target = place.resolve(output, [folder.location for folder in folders])
+    inputs = [path for argument in (original, unlearned) for path in locations(argument)]
+    for path in inputs:
+        LocalFolder(path)  # before the output, so that a missing input is what is reported
+    target = place.resolve(output, inputs)
     with _collector_paused():
-        known: KnownHeaders = {}
-        pair = Pair(*(open_checkpoint(folder, known) for folder in folders))
+        pair = open_pair(original, unlearned, allow_pickle=allow_pickle)
         refuse_swapped(*pair, base_models(card_metadata(pair.original)))
         pairing = match(*pair)
         pairing.require_match(*pair)
@@ -104,7 +109,8 @@ def prepare(
     needed = plan.write_bytes + sum(sidecar.size for sidecar in sidecars)
     files = len(plan.shards) + len(sidecars) + 8  # index, card, manifest, journal, lock, …
     space = place.measure(target.parent, needed, files)
-    return Job(plan, pair, sidecars, target, os.fspath(output), space, overwrite)
+    arguments = (os.fspath(original), os.fspath(unlearned))
+    return Job(plan, pair, sidecars, target, arguments, os.fspath(output), space, overwrite)
 
 
 def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress) -> MergeReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,6 +18,15 @@ if TYPE_CHECKING:
     from uipe_merge.plan import Step
 
 
+DeltaCells = Callable[[int, int], tuple[torch.Tensor | None, torch.Tensor | None]]
+"""Gives what adapters add to θ₀ and θᵤ, for ``count`` elements from ``start`` of a block."""
+
+
+def no_deltas(_start: int, _count: int) -> tuple[None, None]:
+    """Say that no adapter adds anything."""
+    return None, None
+
+
 class Piece(NamedTuple):
     """One cell of a block.
 
@@ -25,12 +35,14 @@ class Piece(NamedTuple):
         unlearned: θᵤ, the same shape.
         out: Where the result goes, the same shape in the output type.
         unchanged: Whether θ₀ and θᵤ hold the same bytes and θᵤ is already of the output type.
+        deltas: What adapters add to θ₀ and to θᵤ.
     """
 
     original: torch.Tensor
     unlearned: torch.Tensor
     out: torch.Tensor
     unchanged: bool
+    deltas: tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 class Kernels:
@@ -42,7 +54,12 @@ class Kernels:
         self._cells: dict[torch.dtype, Cell] = {}
 
     def extrapolate(
-        self, step: Step, original: memoryview, unlearned: memoryview, out: memoryview
+        self,
+        step: Step,
+        original: memoryview,
+        unlearned: memoryview,
+        out: memoryview,
+        deltas: DeltaCells = no_deltas,
     ) -> Iterator[tuple[Moments, bool]]:
         """Fill ``out`` with θᵤ + α·v, cell by cell; the three hold the same elements.
 
@@ -51,13 +68,13 @@ class Kernels:
         only a square, is not finite.
         """
         cell = self._cell(step)
-        for piece in pieces(step, original, unlearned, out):
+        for piece in pieces(step, original, unlearned, out, deltas):
             if piece.unchanged:
                 moments = cell.keep(piece.unlearned, piece.out)
                 if moments.finite():
                     yield moments, True
                     continue
-            cell.load(piece.original, piece.unlearned)
+            cell.load(piece.original, piece.unlearned, piece.deltas)
             moments = cell.apply(step.alpha, piece.out)
             if moments.finite():
                 yield moments, True
@@ -71,6 +88,7 @@ class Kernels:
         unlearned: memoryview,
         out: memoryview,
         alphas: tuple[float, ...],
+        deltas: DeltaCells = no_deltas,
     ) -> Iterator[tuple[tuple[float, ...], bool]]:
         """Try several α on a block, writing to ``out`` only to see what is rounded away.
 
@@ -78,13 +96,13 @@ class Kernels:
         whether everything came out finite. A sum over α is infinite where the output overflows.
         """
         cell = self._cell(step)
-        for piece in pieces(step, original, unlearned, out):
+        for piece in pieces(step, original, unlearned, out, deltas):
             if piece.unchanged:
                 moments = cell.keep(piece.unlearned, piece.out)
                 if moments.finite():
                     yield (0.0, moments.unlearned, 0.0, *(0.0 for _ in alphas)), True
                     continue
-            cell.load(piece.original, piece.unlearned)
+            cell.load(piece.original, piece.unlearned, piece.deltas)
             tried = []
             for alpha in alphas:
                 moments = cell.apply(alpha, piece.out)
@@ -96,7 +114,11 @@ class Kernels:
             yield (*row, *(moments.along for _, moments in tried)), finite
 
     def overflow(
-        self, step: Step, original: memoryview, unlearned: memoryview
+        self,
+        step: Step,
+        original: memoryview,
+        unlearned: memoryview,
+        deltas: DeltaCells = no_deltas,
     ) -> tuple[int, float]:
         """Count the results that the output type cannot hold; also the largest magnitude.
 
@@ -106,8 +128,8 @@ class Kernels:
         elements = len(unlearned) * 8 // step.source.dtype.bits
         out = memoryview(bytearray(elements * step.dtype.bits // 8))
         count, largest = 0, 0.0
-        for piece in pieces(step, original, unlearned, out):
-            cell.load(piece.original, piece.unlearned)
+        for piece in pieces(step, original, unlearned, out, deltas):
+            cell.load(piece.original, piece.unlearned, piece.deltas)
             over, most = cell.overflow(step.alpha, piece.out)
             count, largest = count + over, max(largest, most)
         return count, largest
@@ -120,14 +142,18 @@ class Kernels:
     def _cell(self, step: Step) -> Cell:
         assert step.original is not None  # noqa: S101 - the plan gives it for this operation
         dtypes = (step.original.dtype, step.source.dtype, step.dtype)
-        work = work_dtype(*(_torch_dtype(dtype) for dtype in dtypes))
+        work = work_dtype(*(torch_dtype(dtype) for dtype in dtypes))
         if work not in self._cells:
             self._cells[work] = Cell(CELL, work)
         return self._cells[work]
 
 
 def pieces(
-    step: Step, original: memoryview, unlearned: memoryview, out: memoryview
+    step: Step,
+    original: memoryview,
+    unlearned: memoryview,
+    out: memoryview,
+    deltas: DeltaCells = no_deltas,
 ) -> Iterator[Piece]:
     """Cut the bytes of a block into cells on a grid that starts at the tensor's beginning."""
     assert step.original is not None  # noqa: S101 - the plan gives it for this operation
@@ -135,20 +161,22 @@ def pieces(
         return
     one, two, three = step.original.dtype, step.source.dtype, step.dtype
     first, second, result = _view(original, one), _view(unlearned, two), _view(out, three)
-    comparable = one == two == three
+    comparable = one == two == three and not (step.original.factors or step.source.factors)
     width = two.lane_bytes
     for start in range(0, len(result), CELL):
         part = slice(start, start + CELL)
         raw = slice(start * width, (start + CELL) * width)
         unchanged = comparable and same_bytes(original[raw], unlearned[raw])
-        yield Piece(first[part], second[part], result[part], unchanged)
+        count = min(CELL, len(result) - start)
+        yield Piece(first[part], second[part], result[part], unchanged, deltas(start, count))
 
 
 def _view(data: memoryview, dtype: DType) -> torch.Tensor:
-    return torch.frombuffer(data, dtype=_torch_dtype(dtype))
+    return torch.frombuffer(data, dtype=torch_dtype(dtype))
 
 
-def _torch_dtype(dtype: DType) -> torch.dtype:
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """Return torch's name for an element type that computes."""
     assert dtype.torch is not None  # noqa: S101 - only types that compute come here
     found = getattr(torch, dtype.torch)
     assert isinstance(found, torch.dtype)  # noqa: S101 - the table names torch's own types

@@ -11,6 +11,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from uipe_merge.checkpoint.adapter import ADAPTER
 from uipe_merge.checkpoint.dtypes import CONVERTIBLE, OUTPUT_DTYPES, DType
 from uipe_merge.checkpoint.header import encode_header
 from uipe_merge.checkpoint.index import encode_index
@@ -18,7 +19,7 @@ from uipe_merge.checkpoint.model import SINGLE_NAME, Checkpoint, ShardInput
 from uipe_merge.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from uipe_merge.checkpoint.header import TensorSpec
     from uipe_merge.checkpoint.pair import Pairing
@@ -179,7 +180,7 @@ class Plan(NamedTuple):
                 source, original = step.source, step.original
                 digest.update(
                     f"{step.operation} {step.alpha.hex()} {step.from_original} "
-                    f"{source.file} {source.offset} {original and original[3:]}\n".encode()
+                    f"{source[3:]} {original and original[3:]}\n".encode()
                 )
         return digest.hexdigest()
 
@@ -203,7 +204,12 @@ def make_plan(
         UsageError: A tensor alone is larger than the largest shard asked for.
     """
     drafts = [_draft(pairing, name, recipe) for name in unlearned.tensors]
-    grouped = list(_layout(drafts, unlearned, recipe.max_shard_bytes))
+    # What an adapter replaces lies in its own file, but belongs where the base has it.
+    layout = {
+        name: pairing.pairs[name][0].file if spec.home.startswith(ADAPTER) else spec.file
+        for name, spec in unlearned.tensors.items()
+    }
+    grouped = list(_layout(drafts, layout, recipe.max_shard_bytes))
     shards = [_place(name, group) for name, group in grouped]
     warnings = [*original.warnings, *unlearned.warnings, *pairing.warnings]
     return Plan(recipe, shards, original.shards, unlearned.shards, warnings)
@@ -215,7 +221,7 @@ def _draft(pairing: Pairing, name: str, recipe: Recipe) -> Step:
     dtype = unlearned.dtype
     if recipe.dtype != "auto" and dtype.name in CONVERTIBLE:
         dtype = OUTPUT_DTYPES[recipe.dtype]
-    from_original = recipe.alpha == -1
+    from_original = recipe.alpha == -1 and not original.factors
     source = original if from_original else unlearned
     other: TensorSpec | None = None
     operation: Operation
@@ -223,7 +229,7 @@ def _draft(pairing: Pairing, name: str, recipe: Recipe) -> Step:
         operation = "copy" if from_original else "keep"
         other = None if from_original else original
         dtype = source.dtype
-    elif recipe.alpha in (0, -1):
+    elif recipe.alpha in (0, -1) and not source.factors:
         operation = "copy" if source.dtype == dtype else "cast"
     else:
         operation, other = "extrapolate", original
@@ -232,13 +238,13 @@ def _draft(pairing: Pairing, name: str, recipe: Recipe) -> Step:
 
 
 def _layout(
-    drafts: list[Step], unlearned: Checkpoint, limit: int | None
+    drafts: list[Step], layout: Mapping[str, str], limit: int | None
 ) -> Iterator[tuple[str, list[Step]]]:
     """Group the tensors into named shards: the unlearned layout, or filled up to a limit."""
     if limit is None:
         groups: dict[str, list[Step]] = {}
         for step in drafts:
-            groups.setdefault(unlearned.tensors[step.name].file, []).append(step)
+            groups.setdefault(_output_name(layout[step.name]), []).append(step)
         if len(groups) == 1:
             groups = {SINGLE_NAME: drafts}
         yield from groups.items()
@@ -263,6 +269,13 @@ def _layout(
         return
     for number, group in enumerate(filled, 1):
         yield f"model-{number:05d}-of-{len(filled):05d}.safetensors", group
+
+
+def _output_name(file: str) -> str:
+    """Return the name of an output shard laid out like the input ``file``."""
+    if not file.endswith(".bin"):
+        return file
+    return f"{file.removesuffix('.bin').replace('pytorch_model', 'model')}.safetensors"
 
 
 def _place(name: str, drafts: list[Step]) -> Shard:

@@ -29,7 +29,7 @@ class BlockReader:
         """Allocate for blocks of ``block`` elements of at most ``element_bytes``."""
         self._pair = pair
         self._stamps = [_stamps(checkpoint) for checkpoint in pair]
-        self._files: list[tuple[str, InputFile] | None] = [None, None]
+        self._files: list[tuple[tuple[str, str], InputFile] | None] = [None, None]
         self._buffers = [memoryview(bytearray(block * element_bytes)) for _ in pair]
         self._block = block
 
@@ -41,8 +41,15 @@ class BlockReader:
         size = spec.dtype.bits // 8
         view = self._buffers[side][: count * size]
         if count:
-            self._open(spec.file, side).read_into(view, spec.offset + start * size)
+            self._open(spec, side).read_into(view, spec.offset + start * size)
         return view
+
+    def whole(self, spec: TensorSpec, side: int) -> bytearray:
+        """Return all bytes of a small tensor in a buffer of their own."""
+        content = bytearray(spec.nbytes)
+        if content:
+            self._open(spec, side).read_into(memoryview(content), spec.offset)
+        return content
 
     def pieces(self, spec: TensorSpec, side: int) -> Iterator[tuple[int, memoryview]]:
         """Read a whole tensor block by block: ``(first element, bytes)``."""
@@ -57,17 +64,17 @@ class BlockReader:
                 held[1].close()
         self._files = [None, None]
 
-    def _open(self, name: str, side: int) -> InputFile:
+    def _open(self, spec: TensorSpec, side: int) -> InputFile:
         # One file a side is held: with hundreds of shards, descriptors stay few.
-        held = self._files[side]
-        if held is not None and held[0] == name:
+        held, key = self._files[side], (spec.home, spec.file)
+        if held is not None and held[0] == key:
             return held[1]
         if held is not None:
             self._files[side] = None
             held[1].close()
-        file = self._pair[side].folder.open_file(name)
-        self._files[side] = (name, file)
-        check_stamp(file, self._stamps[side][name])
+        file = self._pair[side].folders[spec.home].open_file(spec.file)
+        self._files[side] = (key, file)
+        check_stamp(file, self._stamps[side][key])
         return file
 
 
@@ -85,11 +92,16 @@ def check_stamp(file: InputFile, planned: Stamp) -> None:
         )
 
 
+def shown(pair: Pair, spec: TensorSpec, side: int) -> str:
+    """Return the file of a tensor as messages name it."""
+    return f"{pair[side].folders[spec.home].location}/{spec.file}"
+
+
 def widest_input(plan: Plan) -> int:
     """Return the bytes of the widest element that a plan reads."""
     read = [spec for step in plan.steps for spec in (step.source, step.original) if spec]
     return max((spec.dtype.bits // 8 for spec in read), default=1)
 
 
-def _stamps(checkpoint: Checkpoint) -> Mapping[str, Stamp]:
-    return {shard.name: shard.stamp for shard in checkpoint.shards}
+def _stamps(checkpoint: Checkpoint) -> Mapping[tuple[str, str], Stamp]:
+    return {(shard.home, shard.name): shard.stamp for shard in checkpoint.shards}

@@ -123,7 +123,9 @@ class Summary:
                 )
             ]
         effective = self.total.effective_alpha
-        if effective is None or abs(effective - self.alpha) <= TOLERANCE * abs(self.alpha):
+        if effective is None or not self.alpha:
+            return []
+        if abs(effective - self.alpha) <= TOLERANCE * abs(self.alpha):
             return []
         lost = 1 - self.total.changed / self.elements
         return [

@@ -16,6 +16,7 @@ from uipe_merge.reader import BlockReader, Pair, widest_input
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from uipe_merge.deltas import Deltas
     from uipe_merge.kernels import Kernels
     from uipe_merge.output.shard import ShardWriter
 
@@ -54,7 +55,8 @@ class MergeWorker:
         self._guard = Guard(plan, pair)
         width = max((step.dtype.bits // 8 for step in plan.steps), default=1)
         self._out = memoryview(bytearray(block * width))
-        self._lazy_kernels: Kernels | None = None
+        self._pair = pair
+        self._lazy: tuple[Kernels, Deltas] | None = None
 
     def __call__(self, block: Block) -> BlockResult:
         """Read, compute and write one block."""
@@ -68,6 +70,8 @@ class MergeWorker:
     def close(self) -> None:
         """Close the input files."""
         self._reader.close()
+        if self._lazy is not None:
+            self._lazy[1].close()
 
     def _produce(self, step: Step, block: Block) -> tuple[memoryview, list[tuple[float, ...]]]:
         """Return the output bytes of a block and the sums of its cells."""
@@ -94,9 +98,11 @@ class MergeWorker:
         original = self._reader.read(step.original, 0, block.start, block.elements)
         out = self._out_view(step, block)
         sums: list[tuple[float, ...]] = []
-        for moments, finite in self._kernels().extrapolate(step, original, unlearned, out):
+        kernels, deltas = self._arithmetic()
+        cells = deltas.at(step, block.start)
+        for moments, finite in kernels.extrapolate(step, original, unlearned, out, cells):
             if not finite:
-                self._guard.explain(step, self._kernels())
+                self._guard.explain(step, kernels)
             sums.append(tuple(moments))
         return out, sums
 
@@ -104,8 +110,12 @@ class MergeWorker:
         return self._out[: block.elements * step.dtype.bits // 8]
 
     def _kernels(self) -> Kernels:
-        if self._lazy_kernels is None:
+        return self._arithmetic()[0]
+
+    def _arithmetic(self) -> tuple[Kernels, Deltas]:
+        if self._lazy is None:
+            from uipe_merge.deltas import Deltas
             from uipe_merge.kernels import Kernels
 
-            self._lazy_kernels = Kernels()
-        return self._lazy_kernels
+            self._lazy = Kernels(), Deltas(self._pair)
+        return self._lazy

@@ -64,8 +64,15 @@ class Cell:
         self._views = self._buffers.unbind()
         self._update_square = self._unlearned_square = 0.0
 
-    def load(self, original: torch.Tensor, unlearned: torch.Tensor) -> None:
+    def load(
+        self,
+        original: torch.Tensor,
+        unlearned: torch.Tensor,
+        deltas: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    ) -> None:
         """Widen θ₀ and θᵤ, both of shape ``(n,)``, and form the update.
+
+        ``deltas`` are what adapters add to the two, in the working type.
 
         ``apply`` may then be called for any number of α.
         """
@@ -74,6 +81,9 @@ class Cell:
         wide, back, _, _ = self._views
         wide.copy_(unlearned)
         back.copy_(original)
+        for buffer, delta in zip((back, wide), deltas, strict=True):
+            if delta is not None:
+                buffer.add_(delta)
         # The update with its sign turned, θ₀ − θᵤ: see _backward_step.
         torch.sub(back, wide, out=back)
         self._update_square = float(torch.dot(back, back))

@@ -75,7 +75,8 @@ def no_weights(location: str, names: list[str]) -> UipeMergeError:
             return UnsafeInputError(
                 f"holds pickled weights ('{name}'), and unpickling can run code",
                 file=location,
-                remedy="load the model once and save it as safetensors",
+                remedy="add --allow-pickle to read the tensors without running any of it, or save "
+                "the model as safetensors",
             )
     checkpoints = sorted(
         {name.split("/")[0] for name in names if re.match(r"checkpoint-\d+/", name)}

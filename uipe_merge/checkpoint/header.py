@@ -51,6 +51,8 @@ class TensorSpec(NamedTuple):
         file: Name of the shard that holds it.
         offset: Absolute position of its first byte in that file.
         nbytes: Its length in bytes.
+        home: Which of a checkpoint's folders the shard is in; ``""`` is its own.
+        factors: Low-rank updates that an adapter adds to the stored values.
     """
 
     name: str
@@ -59,11 +61,29 @@ class TensorSpec(NamedTuple):
     file: str
     offset: int
     nbytes: int
+    home: str = ""
+    factors: tuple[Factor, ...] = ()
 
     @property
     def elements(self) -> int:
         """Number of elements."""
         return self.nbytes * 8 // self.dtype.bits
+
+
+class Factor(NamedTuple):
+    """One update c·B·A of a matrix W, or c·b of a vector.
+
+    Attributes:
+        left: B, of shape ``(rows, rank)``; b, of the vector's shape.
+        right: A, of shape ``(rank, columns)``; ``None`` for a vector.
+        transposed: Whether W is stored as ``(columns, rows)``: (B·A)ᵀ is added.
+        scale: c.
+    """
+
+    left: TensorSpec
+    right: TensorSpec | None
+    transposed: bool
+    scale: float
 
 
 class Header(NamedTuple):

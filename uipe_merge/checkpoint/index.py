@@ -29,8 +29,8 @@ class Index(NamedTuple):
     total_size: int | None
 
 
-def read_index(folder: Folder, name: str) -> Index:
-    """Read the index file called ``name``.
+def read_index(folder: Folder, name: str, ending: str = ".safetensors") -> Index:
+    """Read the index file called ``name``, whose shards end in ``ending``.
 
     Raises:
         CorruptInputError: It is not JSON, or has no usable ``weight_map``.
@@ -47,7 +47,7 @@ def read_index(folder: Folder, name: str) -> Index:
         raise CorruptInputError("has no weight_map from tensors to shards", file=shown)
     # Far fewer shards than tensors: check each name once, with a tensor to blame.
     for shard, tensor in {_key(shard): tensor for tensor, shard in weight_map.items()}.items():
-        _check_name(shard, shown, tensor)
+        _check_name(shard, ending, shown, tensor)
     metadata = document.get("metadata") if isinstance(document, dict) else None
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if isinstance(total, float) and total.is_integer():  # as some writers have it
@@ -59,7 +59,7 @@ def _key(shard: object) -> str:
     return shard if isinstance(shard, str) else ""
 
 
-def _check_name(shard: str, shown: str, tensor: str) -> None:
+def _check_name(shard: str, ending: str, shown: str, tensor: str) -> None:
     if not shard:
         raise CorruptInputError("is mapped to no file name", file=shown, tensor=tensor)
     if shard in (".", "..") or any(character in shard for character in "/\\:\0"):
@@ -69,9 +69,9 @@ def _check_name(shard: str, shown: str, tensor: str) -> None:
             tensor=tensor,
             remedy="an index may only name files beside it: do not trust this checkpoint",
         )
-    if not shard.endswith(".safetensors"):
+    if not shard.endswith(ending):
         raise CorruptInputError(
-            f"its shard '{shard}' is not a .safetensors file", file=shown, tensor=tensor
+            f"its shard '{shard}' is not a {ending} file", file=shown, tensor=tensor
         )
 
 

@@ -7,20 +7,41 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from uipe_merge.checkpoint import formats
-from uipe_merge.checkpoint.header import KnownHeaders, TensorSpec, read_header
+from uipe_merge.checkpoint.header import Header, KnownHeaders, TensorSpec, read_header
 from uipe_merge.checkpoint.index import INDEX_NAME, Index, read_index
+from uipe_merge.checkpoint.pickled import read_pickled
 from uipe_merge.checkpoint.storage import read_document
 from uipe_merge.errors import CorruptInputError, listed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
-    from uipe_merge.checkpoint.storage import Folder, Stamp
+    from uipe_merge.checkpoint.storage import Folder, InputFile, Stamp
 
 SINGLE_NAME = "model.safetensors"
-_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.(?:safetensors|bin)$")
 _LARGEST_CONFIG = 2**22  # bytes; of the largest ones, with the labels of 20 k classes, twice
 _AGAIN = "download the checkpoint again"
+
+
+class Family(NamedTuple):
+    """How a kind of weight file is named and read.
+
+    Attributes:
+        single: The one file of a checkpoint that is not sharded.
+        index_name: The index of one that is.
+        ending: What its files end in.
+        read: Reads the tensors of an open file, given its name and the headers known already.
+    """
+
+    single: str
+    index_name: str
+    ending: str
+    read: Callable[[InputFile, str, KnownHeaders | None], Header]
+
+
+SAFETENSORS = Family(SINGLE_NAME, INDEX_NAME, ".safetensors", read_header)
+PICKLED = Family("pytorch_model.bin", "pytorch_model.bin.index.json", ".bin", read_pickled)
 
 
 class ShardInput(NamedTuple):
@@ -30,11 +51,13 @@ class ShardInput(NamedTuple):
         name: File name.
         stamp: Size and modification time at planning.
         header_sha256: Digest of its header.
+        home: Which of the checkpoint's folders it is in; ``""`` is its own.
     """
 
     name: str
     stamp: Stamp
     header_sha256: str
+    home: str = ""
 
 
 class Checkpoint(NamedTuple):
@@ -47,6 +70,8 @@ class Checkpoint(NamedTuple):
         tensors: Every tensor by name, shard by shard in the order of the bytes.
         config: The parsed ``config.json``, empty where there is none.
         warnings: What is odd but harmless.
+        folders: The folders its tensors are read from, by ``TensorSpec.home``: its own, and
+            for an adapter that of its base.
     """
 
     folder: Folder
@@ -55,6 +80,7 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, TensorSpec]
     config: dict[str, object]
     warnings: list[str]
+    folders: dict[str, Folder]
 
     @property
     def location(self) -> str:
@@ -62,12 +88,15 @@ class Checkpoint(NamedTuple):
         return self.folder.location
 
 
-def open_checkpoint(folder: Folder, known: KnownHeaders | None = None) -> Checkpoint:
+def open_checkpoint(
+    folder: Folder, known: KnownHeaders | None = None, *, allow_pickle: bool = False
+) -> Checkpoint:
     """Read the index, every header and the config of the model in ``folder``.
 
     Args:
         folder: Where it is.
         known: Headers of a checkpoint that was opened before, to be shared with this one.
+        allow_pickle: Read ``pytorch_model*.bin`` where there is no safetensors file.
 
     Raises:
         CorruptInputError: A file is damaged, or the files contradict one another.
@@ -76,49 +105,59 @@ def open_checkpoint(folder: Folder, known: KnownHeaders | None = None) -> Checkp
         OutputError: A file cannot be opened or read.
     """
     names = folder.names()
-    weights = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+    family = SAFETENSORS
+    weights = _weights(names, family)
+    if not weights and INDEX_NAME not in names and allow_pickle:
+        family = PICKLED
+        weights = [name for name in _weights(names, family) if name.startswith("pytorch_model")]
     formats.refuse_shard_names(folder.location, names)
     if "adapter_config.json" in names and SINGLE_NAME not in names and INDEX_NAME not in names:
         raise formats.no_weights(folder.location, names)
-    index, files = _choose(folder, names, weights)
-    tensors, shards = _read_shards(folder, files, index, known)
+    index, files = _choose(folder, names, weights, family)
+    tensors, shards = _read_shards(folder, files, index, family, known)
     warnings = _check_total(folder, index, tensors)
     strays = sorted(set(weights) - set(files))
     if strays:
         warnings.append(f"{folder.location}: {listed(strays)} not part of the model, ignored")
     config = _read_config(folder) if "config.json" in names else {}
     formats.refuse_quantised(folder.location, config, tensors)
-    return Checkpoint(folder, names, shards, tensors, config, warnings)
+    return Checkpoint(folder, names, shards, tensors, config, warnings, {"": folder})
 
 
-def _choose(folder: Folder, names: list[str], weights: list[str]) -> tuple[Index | None, list[str]]:
+def _weights(names: list[str], family: Family) -> list[str]:
+    return [name for name in names if name.endswith(family.ending) and "/" not in name]
+
+
+def _choose(
+    folder: Folder, names: list[str], weights: list[str], family: Family
+) -> tuple[Index | None, list[str]]:
     """Decide which files are the model, refusing where two readers would differ."""
     where = folder.location
-    if INDEX_NAME in names:
-        index = read_index(folder, INDEX_NAME)
+    if family.index_name in names:
+        index = read_index(folder, family.index_name, family.ending)
         files = sorted(set(index.weight_map.values()))
-        if SINGLE_NAME in weights and SINGLE_NAME not in files:
+        if family.single in weights and family.single not in files:
             raise CorruptInputError(
-                f"holds both {SINGLE_NAME} and {INDEX_NAME}, which name different models",
+                f"holds both {family.single} and {family.index_name}, which name different models",
                 file=where,
                 remedy="remove the one that is stale",
             )
         missing = sorted(set(files) - set(names))
         if len(missing) > 1:  # a single one is missed, by name, when it is opened
             raise CorruptInputError(
-                f"lacks {len(missing)} of the {len(files)} shards that {INDEX_NAME} names: "
+                f"lacks {len(missing)} of the {len(files)} shards that {family.index_name} names: "
                 f"{listed(missing)}",
                 file=where,
                 remedy=_AGAIN,
             )
         return index, files
-    if SINGLE_NAME in weights:
-        return None, [SINGLE_NAME]
+    if family.single in weights:
+        return None, [family.single]
     totals = sorted({match[2] for name in weights if (match := _SHARD.search(name))})
     if totals:
         mixed = f", and shards of {len(totals)} different sets" if len(totals) > 1 else ""
         raise CorruptInputError(
-            f"holds shards but no {INDEX_NAME}{mixed}",
+            f"holds shards but no {family.index_name}{mixed}",
             file=where,
             remedy="download the index (and remove shards that are stale)",
         )
@@ -132,7 +171,11 @@ def _choose(folder: Folder, names: list[str], weights: list[str]) -> tuple[Index
 
 
 def _read_shards(
-    folder: Folder, files: Iterable[str], index: Index | None, known: KnownHeaders | None
+    folder: Folder,
+    files: Iterable[str],
+    index: Index | None,
+    family: Family,
+    known: KnownHeaders | None,
 ) -> tuple[dict[str, TensorSpec], list[ShardInput]]:
     """Read every header and hold it against the index."""
     tensors: dict[str, TensorSpec] = {}
@@ -141,7 +184,7 @@ def _read_shards(
     for name in files:
         file = folder.open_file(name)
         try:
-            header = read_header(file, name, known)
+            header = family.read(file, name, known)
         finally:
             file.close()
         shards.append(ShardInput(name, file.stamp, header.sha256))

@@ -30,6 +30,10 @@ def inspect(
     dtype: Annotated[
         str, typer.Option(help="Output dtype to try the rounding at, as for merge.")
     ] = "auto",
+    allow_pickle: Annotated[
+        bool,
+        typer.Option("--allow-pickle", help="Read pytorch_model*.bin; nothing in it is run."),
+    ] = False,
     plot: Annotated[
         str | None,
         typer.Option(help="Write a layer × module heat map to FILE.png or FILE.html."),
@@ -52,6 +56,7 @@ def inspect(
         unlearned,
         alphas=tuple(alphas) if alphas else None,
         dtype=dtype,
+        allow_pickle=allow_pickle,
         threads=threads,
         progress=out.progress(),
     )

@@ -40,6 +40,10 @@ def merge(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a model written by uipe-merge.")
     ] = False,
+    allow_pickle: Annotated[
+        bool,
+        typer.Option("--allow-pickle", help="Read pytorch_model*.bin; nothing in it is run."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan; write nothing.")
     ] = False,
@@ -61,6 +65,7 @@ def merge(
         dtype=dtype,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
+        allow_pickle=allow_pickle,
     )
     executor = make_executor(threads)
     if dry_run:

@@ -1,0 +1,81 @@
+"""What adapters add to the two sides of a step, cell by cell. Importing this imports torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from uipe_merge.arithmetic.blocks import work_dtype
+from uipe_merge.arithmetic.lowrank import product_slice
+from uipe_merge.kernels import DeltaCells, no_deltas, torch_dtype
+from uipe_merge.reader import BlockReader, Pair
+
+if TYPE_CHECKING:
+    from uipe_merge.checkpoint.header import Factor, TensorSpec
+    from uipe_merge.plan import Step
+
+Loaded = tuple[torch.Tensor, torch.Tensor | None, float]
+
+
+class Deltas:
+    """Factors of the tensor in hand, loaded once per thread and tensor."""
+
+    def __init__(self, pair: Pair) -> None:
+        """Open nothing yet."""
+        self._reader = BlockReader(pair, 1, 1)
+        self._name = ""
+        self._factors: tuple[list[Loaded], list[Loaded]] = ([], [])
+
+    def at(self, step: Step, first: int) -> DeltaCells:
+        """Return the deltas of a block that begins at element ``first`` of the tensor."""
+        assert step.original is not None  # noqa: S101 - the plan gives it to what is extrapolated
+        if not (step.original.factors or step.source.factors):
+            return no_deltas
+        if step.name != self._name:
+            types = (step.original.dtype, step.source.dtype, step.dtype)
+            work = work_dtype(*(torch_dtype(dtype) for dtype in types))
+            self._factors = (
+                self._load(step.original, 0, work),
+                self._load(step.source, 0 if step.from_original else 1, work),
+            )
+            self._name = step.name
+
+        def cells(start: int, count: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+            one, two = (_sum(side, first + start, count) for side in self._factors)
+            return one, two
+
+        return cells
+
+    def close(self) -> None:
+        """Close the adapter's file."""
+        self._reader.close()
+
+    def _load(self, spec: TensorSpec, side: int, work: torch.dtype) -> list[Loaded]:
+        return [self._factor(factor, side, work) for factor in spec.factors]
+
+    def _factor(self, factor: Factor, side: int, work: torch.dtype) -> Loaded:
+        left = self._tensor(factor.left, side, work)
+        if factor.right is None:
+            return left.reshape(-1), None, factor.scale
+        right = self._tensor(factor.right, side, work)
+        if factor.transposed:
+            left, right = right.T.contiguous(), left.T.contiguous()
+        return left, right, factor.scale
+
+    def _tensor(self, spec: TensorSpec, side: int, work: torch.dtype) -> torch.Tensor:
+        raw = self._reader.whole(spec, side)
+        stored = torch.frombuffer(raw, dtype=torch_dtype(spec.dtype)).reshape(spec.shape)
+        return stored.to(work)
+
+
+def _sum(factors: list[Loaded], start: int, count: int) -> torch.Tensor | None:
+    """Add up the updates of one side for ``count`` elements from ``start``."""
+    total: torch.Tensor | None = None
+    for left, right, scale in factors:
+        if right is None:
+            part = left[start : start + count] * scale
+        else:
+            part = product_slice(left, right, scale, start, count)
+        total = part if total is None else total + part
+    return total
