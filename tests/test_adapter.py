@@ -262,6 +262,18 @@ def test_hazard_a_without_b(tmp_path: Path, family: Path) -> None:
     assert_refused(result, 4, "lora_A without lora_B")
 
 
+def test_factors_of_integers_are_refused(tmp_path: Path, family: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    adapter = adapter_with(family, tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "lora_B" in name)
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, file)
+    result = run_here(family / "base", adapter, "--alpha", 1, "-o", tmp_path / "out")
+    assert_refused(result, 5, name, "I8")
+
+
 def test_a_pickled_adapter_needs_the_flag(tmp_path: Path, family: Path) -> None:
     from safetensors.torch import load_file
 

@@ -162,8 +162,11 @@ class Plan(NamedTuple):
     def peak_memory(self, threads: int) -> int:
         """Return an upper estimate of the resident bytes of a run."""
         widest = max((step.source.dtype.bits // 8 for step in self.steps), default=0)
-        # Per thread: two input blocks, one output block, and the cells of the arithmetic.
-        worker = 3 * BLOCK * widest + 5 * CELL * 8
+        # Per thread: two input blocks, one output block, the cells of the arithmetic, and an
+        # adapter's factors with room for a wider type and a transposed copy.
+        worker = (
+            3 * BLOCK * widest + 5 * CELL * 8 + 4 * max(map(_factor_bytes, self.steps), default=0)
+        )
         tensors = sum(len(shard.steps) for shard in self.shards)
         return _BASE_MEMORY + threads * worker + tensors * _NAME_MEMORY
 
@@ -193,6 +196,14 @@ class Plan(NamedTuple):
             sum(step.nbytes for step in self.steps),
             sum(step.elements for step in self.steps),
         )
+
+
+def _factor_bytes(step: Step) -> int:
+    """Return the bytes of an adapter's factors for one tensor, widened to float32."""
+    sides = (step.source, step.original)
+    factors = [factor for side in sides if side is not None for factor in side.factors]
+    halves = [half for factor in factors for half in (factor.left, factor.right)]
+    return sum(4 * half.elements for half in halves if half is not None)
 
 
 def make_plan(

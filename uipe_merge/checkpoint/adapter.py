@@ -189,6 +189,13 @@ def _factor(
     bias: bool,
 ) -> Factor:
     """Check one pair of factors against the tensor they update."""
+    for spec in (target, *pair.values()):
+        if not spec.dtype.computes or spec.dtype.lanes > 1:
+            raise IncompatibleModelsError(
+                f"has the dtype {spec.dtype.name}, with which no update is formed",
+                file=where,
+                tensor=spec.name,
+            )
     rank, scale = config.scale(module)
     if bias:
         vector = pair.get("B")
