@@ -160,6 +160,10 @@ def test_an_adapter_on_a_model_with_an_adapter(tmp_path: Path, family: Path) -> 
     after = reference(LlamaForCausalLM, family / "base", family / "tuned", family / "unlearned")
     assert check(tmp_path / "out", before, after, 1.5) == 4
     assert original in (tmp_path / "out" / "README.md").read_text()
+    # What neither adapter has comes from the base: the output is a model that loads.
+    assert (tmp_path / "out" / "config.json").is_file()
+    info = LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)[1]
+    assert not info["missing_keys"]
 
 
 @pytest.mark.parametrize("alpha", [0, -1])

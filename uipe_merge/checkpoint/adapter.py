@@ -88,6 +88,7 @@ class _Config(NamedTuple):
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
     transposed: bool
+    base: str
 
     def scale(self, module: str) -> tuple[int, float]:
         """Return rank and c of one module."""
@@ -130,7 +131,7 @@ def open_adapter(folder: Folder, base: Checkpoint, *, allow_pickle: bool = False
     shard = ShardInput(file_name, file.stamp, header.sha256, home)
     own = [each._replace(home=each.home or "base") for each in base.shards]
     folders = {home: folder, **{home or "base": at for home, at in base.folders.items()}}
-    warnings = _base_warning(folder, base)
+    warnings = _base_warning(folder, config.base, base)
     return Checkpoint(folder, names, [*own, shard], tensors, base.config, warnings, folders)
 
 
@@ -262,6 +263,7 @@ def _read_config(folder: Folder) -> _Config:
         ranks,
         alphas,
         bool(config.get("fan_in_fan_out")),
+        str(config.get("base_model_name_or_path") or ""),
     )
 
 
@@ -289,9 +291,7 @@ def _choose(folder: Folder, names: list[str], *, allow_pickle: bool) -> tuple[st
     raise CorruptInputError("has no adapter_model.safetensors", file=folder.location)
 
 
-def _base_warning(folder: Folder, base: Checkpoint) -> list[str]:
-    config = json.loads(read_document(folder, CONFIG_NAME, _LARGEST_CONFIG))
-    named = str(config.get("base_model_name_or_path") or "")
+def _base_warning(folder: Folder, named: str, base: Checkpoint) -> list[str]:
     ours = base.location.rstrip("/")
     if not named or named.rstrip("/").split("/")[-1] == ours.split("/")[-1]:
         return []

@@ -73,12 +73,15 @@ def plan_sidecars(original: Checkpoint, unlearned: Checkpoint) -> list[Sidecar]:
         for name in unlearned.names
         if carried(name)
     }
-    directories = {parent for name in chosen for parent in _parents(name)}
-    for name in original.names:
-        # What is a file in one and a directory in the other is the unlearned checkpoint's.
-        clashes = name in directories or not chosen.keys().isdisjoint(_parents(name))
-        if carried(name) and name != CARD_NAME and not clashes:
-            chosen.setdefault(name, (name, original.folder))
+    # An adapter lacks what its base has: its own files come first, then those of its folders.
+    bases = [at for at in unlearned.folders.values() if at is not unlearned.folder]
+    for folder in [*bases, *original.folders.values()]:
+        directories = {parent for name in chosen for parent in _parents(name)}
+        for name in folder.names():
+            # What is a file in one and a directory in the other stays what it was.
+            clashes = name in directories or not chosen.keys().isdisjoint(_parents(name))
+            if carried(name) and name != CARD_NAME and not clashes:
+                chosen.setdefault(name, (name, folder))
     sidecars = []
     for target, (name, folder) in sorted(chosen.items()):
         file = folder.open_file(name)
