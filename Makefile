@@ -19,6 +19,8 @@ VENV_OK := $(VENV)/.stamp-venv
 RUN_OK  := $(VENV)/.stamp-run
 DEV_OK  := $(VENV)/.stamp-dev
 
+BUILT_FROM := pyproject.toml constraints.txt uipe_merge/arithmetic/fused.c
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -37,12 +39,12 @@ $(VENV_OK):
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(RUN_OK): $(VENV_OK) pyproject.toml constraints.txt
+$(RUN_OK): $(VENV_OK) $(BUILT_FROM)
 	@$(PIP) -c constraints.txt -e .
 	@touch $@
 
 # Includes all of the above, hence both stamps.
-$(DEV_OK): $(VENV_OK) pyproject.toml constraints.txt
+$(DEV_OK): $(VENV_OK) $(BUILT_FROM)
 	@$(PIP) -c constraints.txt -e '.[plot,dev]'
 	@touch $(RUN_OK) $@
 

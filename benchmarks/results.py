@@ -49,9 +49,10 @@ HOW = """\
   for the process that ended (never less than the some 40 MiB of the one that measures).
 - *floor* is `cat` of both inputs to `/dev/null`, `cp -r` of one, `sync` of the copy, one after
   the other: reading, writing and making durable with nothing in between.
-- *uipe-merge* is the command with its default options, the start of Python and the import of
-  torch included; it says itself how long it took from the lock to the published output, in
-  which torch is imported while the merge already runs.
+- *uipe-merge* is the command with its default options, the start of Python included; it says
+  itself how long it took from the lock to the published output. Its arithmetic is compiled, so
+  that torch is not imported. It writes past the page cache, so its output is on the disk and not
+  in memory afterwards, where *floor* and mergekit leave a copy in memory too.
 - *engine* is the same merge through the library in a process that has imported everything
   (`benchmarks/engine.py`); its own figure is from the first header read to the published
   directory, with every hash, check and `fsync`.

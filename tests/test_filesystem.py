@@ -1,17 +1,23 @@
 """What every implementation of the writing seam owes to the staging, and what only ours does."""
 
 import errno
+import fcntl
+import itertools
 import os
+import random
 import resource
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes_output import FailingFileSystem
 
+from uipe_merge.aligned import allocate, placed
 from uipe_merge.errors import OutputError
 from uipe_merge.output import linux
 from uipe_merge.output.filesystem import FileSystem, LocalFileSystem, write_document
@@ -220,6 +226,92 @@ class TestLocalFileSystem(FileSystemContract):
         file.write_at(data, 0)
         file.close()
         assert (tmp_path / "f").read_bytes() == data
+
+    @pytest.mark.parametrize("start", [0, 1, 4095, 4096, 8190, 123_457])
+    def test_whole_pages_go_past_the_cache_and_land_in_their_place(
+        self, tmp_path: Path, start: int, direct: list[int]
+    ) -> None:
+        write_in_pieces(LocalFileSystem(), tmp_path / "f", start)
+        if not direct[0]:
+            pytest.skip("this file system does not write past the cache")
+        assert direct[0] > 2**19
+
+    @pytest.mark.parametrize("call", ["open", "pwrite"])
+    def test_where_the_cache_cannot_be_passed_everything_goes_through_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+    ) -> None:
+        real = getattr(os, call)
+
+        def refusing(first: Any, *rest: Any) -> Any:
+            flags = rest[0] if call == "open" else fcntl.fcntl(first, fcntl.F_GETFL)
+            if flags & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "no direct input and output here")
+            return real(first, *rest)
+
+        monkeypatch.setattr(os, call, refusing)
+        write_in_pieces(LocalFileSystem(), tmp_path / "f", 123_457)
+
+    def test_what_the_system_writes_only_in_part_is_gone_on_with(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = os.pwrite
+        monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, data[:70_000], at))
+        write_in_pieces(LocalFileSystem(), tmp_path / "f", 4095)
+
+    def test_a_disk_that_fails_past_the_cache_is_an_error(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = os.pwrite
+
+        def failing(descriptor: int, data: memoryview, offset: int) -> int:
+            if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(descriptor, data, offset)
+
+        monkeypatch.setattr(os, "pwrite", failing)
+        file = LocalFileSystem().create(tmp_path / "f")
+        buffer = allocate(2**20)
+        with pytest.raises(OutputError, match=r"f: input/output error"):
+            file.write_at(placed(buffer, 2**20, 0), 0)
+        file.close()
+
+
+@pytest.fixture
+def direct(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes written past the cache, in a list of one."""
+    real, found = os.pwrite, [0]
+
+    def counting(descriptor: int, data: memoryview, offset: int) -> int:
+        written = real(descriptor, data, offset)
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            found[0] += written
+        return written
+
+    monkeypatch.setattr(os, "pwrite", counting)
+    return found
+
+
+def write_in_pieces(filesystem: FileSystem, path: Path, start: int) -> None:
+    """Write a file as a shard is written: a header, then blocks from threads, in any order."""
+    rng = random.Random(start)
+    blocks = [rng.randbytes(rng.choice([1, 5000, 400_000, 600_001])) for _ in range(9)]
+    offsets = list(itertools.accumulate(map(len, blocks), initial=start))
+    file = filesystem.create(path)
+    file.write_at(b"h" * start, 0)
+
+    def write(index: int) -> None:
+        piece = placed(allocate(len(blocks[index])), len(blocks[index]), offsets[index])
+        piece[:] = blocks[index]
+        file.write_at(piece, offsets[index])
+
+    order = list(range(len(blocks)))
+    rng.shuffle(order)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(write, order))
+    assert file.size() == offsets[-1]
+    file.sync()
+    file.close()
+    assert path.read_bytes() == b"h" * start + b"".join(blocks)
 
 
 class TestFailingFileSystem(FileSystemContract):

@@ -33,7 +33,7 @@ LAYERS: list[set[str]] = [
     {"guard"},
     {"deltas"},
     {"reader"},
-    {"kernels"},
+    {"kernels", "native"},
     {"executors"},
     {"output"},
     {"report"},
@@ -42,7 +42,7 @@ LAYERS: list[set[str]] = [
     {"bits"},
     {"checkpoint"},
     {"arithmetic"},
-    {"naming", "progress", "errors", "_version"},
+    {"aligned", "naming", "progress", "errors", "_version"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -75,7 +75,7 @@ def merge(
         overwrite: Replace a model that this tool wrote at ``output``.
         allow_pickle: Read ``pytorch_model*.bin`` where there is no safetensors file; nothing in
             the pickle is run.
-        threads: Threads; by default the processors there are, at most 8. Changes no byte.
+        threads: Threads; by default two a processor, at most 8. Changes no byte.
         progress: Show a tqdm bar; or an object to be told of the progress.
 
     Returns:

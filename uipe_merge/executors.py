@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
-_FILES_A_THREAD = 4  # two inputs, an output, and one a library opens meanwhile
+_FILES_A_THREAD = 5  # two inputs, an output twice, and one a library opens meanwhile
 _COMMON_FILES = 8  # the three streams, the lock, the journal, a directory being synced
 
 Item = TypeVar("Item")
@@ -158,7 +158,8 @@ class _Done(Generic[Result]):
 
 def make_executor(threads: int | None) -> Executor:
     """Return an executor of the given width, or of one that suits this machine."""
-    width = threads or min(len(os.sched_getaffinity(0)), MOST_THREADS, _affordable_threads())
+    # Two a processor: one computes while the other waits for the disk.
+    width = threads or min(2 * len(os.sched_getaffinity(0)), MOST_THREADS, _affordable_threads())
     return Serial() if width == 1 else Threads(width)
 
 

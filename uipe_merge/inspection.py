@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from uipe_merge import native
 from uipe_merge.bits import count_differing
 from uipe_merge.checkpoint.pair import match
 from uipe_merge.guard import Guard
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator
 
+    from uipe_merge.deltas import Deltas
     from uipe_merge.executors import Executor
+    from uipe_merge.kernels import Kernels
     from uipe_merge.plan import Step
     from uipe_merge.progress import Progress
 
@@ -211,15 +214,12 @@ class InspectWorker:
 
     def __init__(self, plan: Plan, pair: Pair, alphas: tuple[float, ...]) -> None:
         """Allocate the buffers of one thread."""
-        from uipe_merge.deltas import Deltas
-        from uipe_merge.kernels import Kernels
-
-        self._deltas = Deltas(pair)
         self._plan = plan
         self._alphas = alphas
         self._reader = BlockReader(pair, widest_input(plan), BLOCK)
         self._guard = Guard(plan, pair)
-        self._kernels = Kernels()
+        self._pair = pair
+        self._lazy: tuple[Kernels, Deltas] | None = None
         self._out = memoryview(bytearray(BLOCK * 8))
 
     def __call__(self, block: Block) -> tuple[Block, list[tuple[float, ...]]]:
@@ -231,10 +231,15 @@ class InspectWorker:
         if step.operation == "keep":
             differing = count_differing(original, unlearned, step.source.dtype.bits // 8)
             return block, [(0.0, 0.0, float(differing))]
-        rows = []
         out = self._out[: block.elements * step.dtype.bits // 8]
-        for row, finite in self._kernels.measure(
-            step, original, unlearned, out, self._alphas, self._deltas.at(step, block.start)
+        if native.covers(step):
+            found = native.measure(step, original, unlearned, out, self._alphas)
+            if found is not None:
+                return block, found
+        rows = []
+        kernels, deltas = self._arithmetic()
+        for row, finite in kernels.measure(
+            step, original, unlearned, out, self._alphas, deltas.at(step, block.start)
         ):
             if not finite:
                 self._guard.check_inputs(step)
@@ -244,7 +249,16 @@ class InspectWorker:
     def close(self) -> None:
         """Close the input files."""
         self._reader.close()
-        self._deltas.close()
+        if self._lazy is not None:
+            self._lazy[1].close()
+
+    def _arithmetic(self) -> tuple[Kernels, Deltas]:
+        if self._lazy is None:
+            from uipe_merge.deltas import Deltas
+            from uipe_merge.kernels import Kernels
+
+            self._lazy = Kernels(), Deltas(self._pair)
+        return self._lazy
 
 
 def _items(plan: Plan, width: int) -> Iterator[Block]:

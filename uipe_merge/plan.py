@@ -45,7 +45,8 @@ BLOCK = 8 * CELL
 NUMERICS = 1
 """Version of the arithmetic; raised when the bytes it produces change."""
 
-_BASE_MEMORY = 240_000_000  # the interpreter and torch, measured
+_BASE_MEMORY = 60_000_000  # the interpreter and what it imports, measured
+_TORCH_MEMORY = 190_000_000  # what importing torch adds
 _NAME_MEMORY = 1_500  # bytes a planned tensor holds, measured on 100 k tensors
 
 
@@ -159,8 +160,8 @@ class Plan(NamedTuple):
             counts[step.operation] = (tensors + 1, nbytes + step.nbytes)
         return counts
 
-    def peak_memory(self, threads: int) -> int:
-        """Return an upper estimate of the resident bytes of a run."""
+    def peak_memory(self, threads: int, *, torch: bool) -> int:
+        """Return an upper estimate of the resident bytes of a run, with torch or without."""
         widest = max((step.source.dtype.bits // 8 for step in self.steps), default=0)
         # Per thread: two input blocks, one output block, the cells of the arithmetic, and an
         # adapter's factors with room for a wider type and a transposed copy.
@@ -168,7 +169,8 @@ class Plan(NamedTuple):
             3 * BLOCK * widest + 5 * CELL * 8 + 4 * max(map(_factor_bytes, self.steps), default=0)
         )
         tensors = sum(len(shard.steps) for shard in self.shards)
-        return _BASE_MEMORY + threads * worker + tensors * _NAME_MEMORY
+        base = _BASE_MEMORY + (_TORCH_MEMORY if torch else 0)
+        return base + threads * worker + tensors * _NAME_MEMORY
 
     def fingerprint(self) -> str:
         """Return a digest of all that decides the bytes of the weight files."""

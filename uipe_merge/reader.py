@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from uipe_merge.aligned import allocate, placed
 from uipe_merge.errors import CorruptInputError
 
 if TYPE_CHECKING:
@@ -30,16 +31,19 @@ class BlockReader:
         self._pair = pair
         self._stamps = [_stamps(checkpoint) for checkpoint in pair]
         self._files: list[tuple[tuple[str, str], InputFile] | None] = [None, None]
-        self._buffers = [memoryview(bytearray(block * element_bytes)) for _ in pair]
+        self._buffers = [allocate(block * element_bytes) for _ in pair]
         self._block = block
 
-    def read(self, spec: TensorSpec, side: int, start: int, count: int) -> memoryview:
+    def read(
+        self, spec: TensorSpec, side: int, start: int, count: int, offset: int = 0
+    ) -> memoryview:
         """Return ``count`` elements from ``start`` as bytes, valid until the next read.
 
         ``side`` is 0 for the original, 1 for the unlearned checkpoint; each has a buffer.
+        ``offset`` is where the bytes would go in a file; see ``aligned``.
         """
         size = spec.dtype.bits // 8
-        view = self._buffers[side][: count * size]
+        view = placed(self._buffers[side], count * size, offset)
         if count:
             self._open(spec, side).read_into(view, spec.offset + start * size)
         return view

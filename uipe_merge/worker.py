@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from uipe_merge import native
+from uipe_merge.aligned import allocate, placed
 from uipe_merge.bits import count_differing
 from uipe_merge.guard import Guard
 from uipe_merge.plan import BLOCK, Block, Plan, Step
@@ -54,7 +56,7 @@ class MergeWorker:
         self._reader = BlockReader(pair, widest_input(plan), block)
         self._guard = Guard(plan, pair)
         width = max((step.dtype.bits // 8 for step in plan.steps), default=1)
-        self._out = memoryview(bytearray(block * width))
+        self._out = allocate(block * width)
         self._pair = pair
         self._lazy: tuple[Kernels, Deltas] | None = None
 
@@ -76,7 +78,9 @@ class MergeWorker:
     def _produce(self, step: Step, block: Block) -> tuple[memoryview, list[tuple[float, ...]]]:
         """Return the output bytes of a block and the sums of its cells."""
         side = 0 if step.from_original else 1
-        source = self._reader.read(step.source, side, block.start, block.elements)
+        # What is only copied goes to the disk from where it is read to.
+        place = step.offset + block.start * (step.dtype.bits // 8)
+        source = self._reader.read(step.source, side, block.start, block.elements, place)
         if step.operation == "extrapolate":
             return self._extrapolate(step, block, source)
         self._guard.check_bytes(source, step.source, side)
@@ -97,6 +101,10 @@ class MergeWorker:
         assert step.original is not None  # noqa: S101 - the plan gives it for this operation
         original = self._reader.read(step.original, 0, block.start, block.elements)
         out = self._out_view(step, block)
+        if native.covers(step):
+            found = native.extrapolate(step, original, unlearned, out)
+            if found is not None:
+                return out, found
         sums: list[tuple[float, ...]] = []
         kernels, deltas = self._arithmetic()
         cells = deltas.at(step, block.start)
@@ -107,7 +115,8 @@ class MergeWorker:
         return out, sums
 
     def _out_view(self, step: Step, block: Block) -> memoryview:
-        return self._out[: block.elements * step.dtype.bits // 8]
+        size = step.dtype.bits // 8
+        return placed(self._out, block.elements * size, step.offset + block.start * size)
 
     def _kernels(self) -> Kernels:
         return self._arithmetic()[0]

@@ -39,7 +39,7 @@ def inspect(
         typer.Option(help="Write a layer × module heat map to FILE.png or FILE.html."),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, max=256, help="Threads. [default: the cores, at most 8]")
+        int | None, typer.Option(min=1, max=256, help="Threads. [default: two a core, at most 8]")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no warnings.")] = False,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from uipe_merge import native
 from uipe_merge.cli.console import Output, number, size
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def merge(
         typer.Option(help="Such as 5GB. [default: the unlearned checkpoint's own shards]"),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, max=256, help="Threads. [default: the cores, at most 8]")
+        int | None, typer.Option(min=1, max=256, help="Threads. [default: two a core, at most 8]")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a model written by uipe-merge.")
@@ -79,7 +80,7 @@ def merge(
 def _show_plan(out: Output, job: Job, threads: int) -> None:
     plan = job.plan
     operations = plan.operations()
-    peak = plan.peak_memory(threads)
+    peak = plan.peak_memory(threads, torch=not native.suffices(plan))
     if out.as_json:
         out.data(
             {
@@ -94,6 +95,7 @@ def _show_plan(out: Output, job: Job, threads: int) -> None:
                 "free_bytes": job.space.free,
                 "peak_memory_bytes": peak,
                 "threads": threads,
+                "compiled": native.COMPILED,
                 "warnings": plan.warnings,
             }
         )
@@ -110,6 +112,7 @@ def _show_plan(out: Output, job: Job, threads: int) -> None:
         ("write", size(plan.write_bytes)),
         ("free disk", free),
         ("peak memory", f"{size(peak)} with {threads} threads"),
+        ("arithmetic", "compiled" if native.COMPILED else "torch; slower, the same bytes"),
     ]
     out.fields(rows)
     if out.verbose:

@@ -1,0 +1,86 @@
+"""The compiled arithmetic, where it was built and knows the types of a step; needs no torch.
+
+It is a faster way to the same bytes and nothing else: whatever it does not cover, and every
+block in which it meets a value that is not finite, is left to ``kernels``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from uipe_merge.plan import CELL
+
+try:
+    from uipe_merge.arithmetic import fused
+except ImportError:  # built where there was no compiler
+    COMPILED = False
+else:
+    COMPILED = True
+
+if TYPE_CHECKING:
+    from uipe_merge.plan import Plan, Step
+
+_TYPES = {"BF16": b"B", "F32": b"F"}
+
+
+def covers(step: Step) -> bool:
+    """Tell whether ``extrapolate`` and ``measure`` can do a step."""
+    if step.operation != "extrapolate" or not COMPILED:
+        return False
+    if step.original is None or step.original.factors or step.source.factors:
+        return False
+    dtypes = (step.original.dtype, step.source.dtype, step.dtype)
+    return all(dtype.name in _TYPES for dtype in dtypes)
+
+
+def suffices(plan: Plan) -> bool:
+    """Tell whether a plan needs no torch, unless it meets a value that is not finite."""
+    copied = ("copy", "keep")
+    return all(step.operation in copied or covers(step) for step in plan.steps)
+
+
+def extrapolate(
+    step: Step, original: memoryview, unlearned: memoryview, out: memoryview
+) -> list[tuple[float, ...]] | None:
+    """Fill ``out`` with θᵤ + α·v; return the moments of each cell as in ``arithmetic.blocks``.
+
+    ``None`` if one of them is not finite; the content of ``out`` means nothing then.
+    """
+    found = _run(step, original, unlearned, out, step.alpha)
+    return found and [moments[:5] for moments in found]
+
+
+def measure(
+    step: Step,
+    original: memoryview,
+    unlearned: memoryview,
+    out: memoryview,
+    alphas: tuple[float, ...],
+) -> list[tuple[float, ...]] | None:
+    """Try several α on a block; return what ``Kernels.measure`` does, cell by cell.
+
+    ``None`` if a sum is not finite.
+    """
+    tried = []
+    for alpha in alphas:
+        found = _run(step, original, unlearned, out, alpha)
+        if found is None:
+            return None
+        tried.append(found)
+    rows = []
+    for cells in zip(*tried, strict=True):
+        update, square, *_, differing = cells[0]
+        rows.append((update, square, differing, *(along for _, _, along, *_ in cells)))
+    return rows
+
+
+def _run(
+    step: Step, original: memoryview, unlearned: memoryview, out: memoryview, alpha: float
+) -> list[tuple[float, ...]] | None:
+    assert step.original is not None  # noqa: S101 - the plan gives it for this operation
+    first, second, third = (
+        _TYPES[dtype.name] for dtype in (step.original.dtype, step.source.dtype, step.dtype)
+    )
+    found = fused.extrapolate(original, first, unlearned, second, out, third, alpha, CELL)
+    return found if all(math.isfinite(sum(moments)) for moments in found) else None
