@@ -18,6 +18,7 @@ TREE = {
     "NumericError": 7,
     "OutputError": 8,
     "OutputLockedError": 9,
+    "RemoteError": 10,
 }
 
 

@@ -10,7 +10,8 @@
     ├── UnsafeInputError        6  reading it would be unsafe, so it is refused
     ├── NumericError            7  a value is, or would become, not finite
     ├── OutputError             8  the disk, a path or a permission is in the way
-    └── OutputLockedError       9  another run is writing the same output
+    ├── OutputLockedError       9  another run is writing the same output
+    └── RemoteError            10  a hub or an object store does not give what is asked for
 
 The number is the exit code of the command line. An error reads as one line that names
 the file, the tensor and the remedy; text that came from a file is escaped, so that a
@@ -119,6 +120,12 @@ class OutputLockedError(UipeMergeError):
     """Another run is writing the same output."""
 
     exit_code = 9
+
+
+class RemoteError(UipeMergeError):
+    """A hub or an object store refuses, fails, or cannot be reached."""
+
+    exit_code = 10
 
 
 def _shortened(text: str, most: int) -> str:

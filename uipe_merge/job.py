@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 from uipe_merge._version import __version__
 from uipe_merge.checkpoint.index import INDEX_NAME
 from uipe_merge.checkpoint.pair import match, refuse_swapped
-from uipe_merge.checkpoint.storage import LocalFolder
 from uipe_merge.errors import CorruptInputError, NumericError, OutputError, listed
-from uipe_merge.opening import locations, open_pair
+from uipe_merge.opening import locations, open_folder, open_pair
 from uipe_merge.output import place
 from uipe_merge.output.card import CARD_NAME, base_models, card_metadata, encode_card
 from uipe_merge.output.filesystem import LocalFileSystem, write_document
@@ -97,7 +96,7 @@ def prepare(
     """
     inputs = [path for argument in (original, unlearned) for path in locations(argument)]
     for path in inputs:
-        LocalFolder(path)  # before the output, so that a missing input is what is reported
+        open_folder(path)  # before the output, so that a missing input is what is reported
     target = place.resolve(output, inputs)
     with _collector_paused():
         pair = open_pair(original, unlearned, allow_pickle=allow_pickle)

@@ -19,6 +19,7 @@ from uipe_merge.reader import Pair
 
 if TYPE_CHECKING:
     from uipe_merge.checkpoint.header import KnownHeaders
+    from uipe_merge.checkpoint.storage import Folder
 
 PathLike = str | os.PathLike[str]
 
@@ -33,6 +34,15 @@ def locations(argument: PathLike) -> list[str]:
         if Path(model).is_dir() and adapter:
             return [model, adapter]
     return [text]
+
+
+def open_folder(location: str) -> Folder:
+    """Return the folder that one location names: a directory.
+
+    Raises:
+        UsageError: There is no such directory.
+    """
+    return LocalFolder(location)
 
 
 def open_pair(original: PathLike, unlearned: PathLike, *, allow_pickle: bool = False) -> Pair:
@@ -52,7 +62,7 @@ def _open(
     argument: PathLike, base: Checkpoint | None, known: KnownHeaders, *, allow_pickle: bool
 ) -> Checkpoint:
     paths = locations(argument)
-    folder = LocalFolder(paths[0])
+    folder = open_folder(paths[0])
     if len(paths) == 1 and is_adapter(folder.names()):
         if base is None:
             raise IncompatibleModelsError(
@@ -64,4 +74,4 @@ def _open(
     checkpoint = open_checkpoint(folder, known, allow_pickle=allow_pickle)
     if len(paths) == 1:
         return checkpoint
-    return open_adapter(LocalFolder(paths[1]), checkpoint, allow_pickle=allow_pickle)
+    return open_adapter(open_folder(paths[1]), checkpoint, allow_pickle=allow_pickle)

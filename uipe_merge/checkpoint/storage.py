@@ -32,11 +32,13 @@ class Stamp(NamedTuple):
 
     Attributes:
         size: Bytes.
-        mtime_ns: Time of last modification in nanoseconds.
+        mtime_ns: Time of last modification in nanoseconds; 0 where ``tag`` says more.
+        tag: What a remote store calls this version of the file: an ETag, a hash.
     """
 
     size: int
     mtime_ns: int
+    tag: str = ""
 
 
 class InputFile(Protocol):
