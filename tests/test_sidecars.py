@@ -10,7 +10,7 @@ from cli_tools import merged
 from helpers import CONFIG, contents, read_tensors, write_checkpoint
 
 from uipe_merge.output.card import model_id
-from uipe_merge.output.sidecars import carried, with_dtype
+from uipe_merge.output.sidecars import Edits, carried, edited
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 ONE, TWO = {NAME: torch.ones(2, 2)}, {NAME: torch.full((2, 2), 2.0)}
@@ -141,8 +141,8 @@ NESTED = {
 }
 
 
-def test_with_dtype_changes_the_dtype_keys_and_nothing_else() -> None:
-    raw = with_dtype(json.dumps(NESTED).encode(), "bfloat16")
+def test_the_edited_config_changes_the_dtype_keys_and_nothing_else() -> None:
+    raw = edited(json.dumps(NESTED).encode(), Edits("bfloat16"))
     expected = json.loads(json.dumps(NESTED))
     expected["torch_dtype"] = "bfloat16"
     expected["text_config"]["dtype"] = "bfloat16"
@@ -154,8 +154,8 @@ def test_with_dtype_changes_the_dtype_keys_and_nothing_else() -> None:
     assert "ü".encode() in raw
 
 
-def test_with_dtype_names_it_where_no_key_did() -> None:
-    assert json.loads(with_dtype(b'{"model_type": "x"}', "float16")) == {
+def test_the_edited_config_names_it_where_no_key_did() -> None:
+    assert json.loads(edited(b'{"model_type": "x"}', Edits("float16"))) == {
         "model_type": "x",
         "dtype": "float16",
     }
@@ -169,7 +169,7 @@ def test_config_changes_only_where_the_dtype_does(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "config.json").read_text() == raw
     merged(tmp_path, "--dtype", "bfloat16", "--overwrite", alpha=0)
     changed = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert changed == json.loads(with_dtype(raw.encode(), "bfloat16"))
+    assert changed == json.loads(edited(raw.encode(), Edits("bfloat16")))
     assert read_tensors(tmp_path / "out")[NAME].dtype == torch.bfloat16
 
 

@@ -15,6 +15,7 @@ from uipe_merge.plan import BLOCK, Plan, Step
 from uipe_merge.reader import BlockReader, Pair, shown, widest_input
 
 if TYPE_CHECKING:
+    from uipe_merge.checkpoint.dtypes import DType
     from uipe_merge.checkpoint.header import TensorSpec
     from uipe_merge.kernels import Kernels
 
@@ -29,13 +30,13 @@ class Guard:
         self._scanner = BitScanner()
         self._cleared = self._finite_inputs = ""
 
-    def check_bytes(self, data: memoryview, spec: TensorSpec, side: int) -> None:
-        """Look at the bits of a block of an input that no arithmetic will see.
+    def check_bytes(self, data: memoryview, dtype: DType, spec: TensorSpec, side: int) -> None:
+        """Look at the bits of a block of ``spec`` that no arithmetic will see.
 
         Raises:
             NumericError: A value is NaN or infinite.
         """
-        if self._scanner.scan(data, spec.dtype) is not None:
+        if self._scanner.scan(data, dtype) is not None:
             self._refuse_inputs([(spec, side)])
 
     def check_cast(self, data: memoryview, step: Step, kernels: Kernels) -> None:
@@ -86,12 +87,14 @@ class Guard:
         reader = BlockReader(self._pair, widest_input(self._plan), BLOCK)
         deltas = Deltas(self._pair)
         try:
-            for start, source in reader.pieces(step.source, side):
-                elements = len(source) * 8 // step.source.dtype.bits
+            for start, elements in step.ranges(BLOCK):
+                here = step.at(start, elements)
+                assert here.original is not None  # noqa: S101 - as above
+                source = reader.read(here.source, side, 0, elements)
                 cast = step.operation == "cast"
-                original = source if cast else reader.read(step.original, 0, start, elements)
+                original = source if cast else reader.read(here.original, 0, 0, elements)
                 cells = deltas.at(step, start)
-                over, most = kernels.overflow(step, original, source, cells)
+                over, most = kernels.overflow(here, original, source, cells)
                 count, largest = count + over, max(largest, most)
         finally:
             reader.close()
@@ -104,8 +107,8 @@ class Guard:
         try:
             for spec, side in tensors:
                 found = combine(
-                    (start, self._scanner.scan(piece, spec.dtype))
-                    for start, piece in reader.pieces(spec, side)
+                    (start, self._scanner.scan(data, dtype))
+                    for start, dtype, data in reader.blocks(spec, side)
                 )
                 if found is not None:
                     raise _not_finite(shown(self._pair, spec, side), spec, found)

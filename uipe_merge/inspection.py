@@ -226,20 +226,22 @@ class InspectWorker:
         """Return the block and one row per cell."""
         step = self._plan.shards[block.shard].steps[block.step]
         assert step.original is not None  # noqa: S101 - such a plan reads both sides of all
-        original = self._reader.read(step.original, 0, block.start, block.elements)
-        unlearned = self._reader.read(step.source, 1, block.start, block.elements)
+        here = step.at(block.start, block.elements)
+        assert here.original is not None  # noqa: S101 - as above
+        original = self._reader.read(here.original, 0, 0, block.elements)
+        unlearned = self._reader.read(here.source, 1, 0, block.elements)
         if step.operation == "keep":
             differing = count_differing(original, unlearned, step.source.dtype.bits // 8)
             return block, [(0.0, 0.0, float(differing))]
         out = self._out[: block.elements * step.dtype.bits // 8]
-        if native.covers(step):
-            found = native.measure(step, original, unlearned, out, self._alphas)
+        if native.covers(here):
+            found = native.measure(here, original, unlearned, out, self._alphas)
             if found is not None:
                 return block, found
         rows = []
         kernels, deltas = self._arithmetic()
         for row, finite in kernels.measure(
-            step, original, unlearned, out, self._alphas, deltas.at(step, block.start)
+            here, original, unlearned, out, self._alphas, deltas.at(step, block.start)
         ):
             if not finite:
                 self._guard.check_inputs(step)

@@ -21,7 +21,7 @@ from uipe_merge.output.card import CARD_NAME, base_models, card_metadata, encode
 from uipe_merge.output.filesystem import LocalFileSystem, write_document
 from uipe_merge.output.lock import hold, tidy
 from uipe_merge.output.manifest import MANIFEST_NAME, FileRecord, encode_manifest, record_of
-from uipe_merge.output.sidecars import Sidecar, copy_sidecar, plan_sidecars
+from uipe_merge.output.sidecars import Edits, Sidecar, copy_sidecar, plan_sidecars
 from uipe_merge.output.staging import Staging
 from uipe_merge.plan import NUMERICS, Plan, make_plan
 from uipe_merge.report import MergeReport, Summary, Sums, summarise, tensor_record
@@ -241,9 +241,9 @@ def _write_rest(
     summary, tensors = _results(plan, records)
     files = {record.name: FileRecord(record.size, record.sha256) for record in records.values()}
     recipe = plan.recipe
-    dtype = recipe.dtype if recipe.dtype != "auto" and _dtype_changed(job) else None
+    edits = _edits(job)
     for sidecar in job.sidecars:
-        files[sidecar.name] = copy_sidecar(filesystem, sidecar, model, dtype)
+        files[sidecar.name] = copy_sidecar(filesystem, sidecar, model, edits)
     documents = {CARD_NAME: encode_card(*job.pair, job.command, summary)}
     if (index := plan.index_json()) is not None:
         documents[INDEX_NAME] = index
@@ -281,10 +281,11 @@ def _write_rest(
     write_document(filesystem, model / MANIFEST_NAME, encode_manifest(manifest, files))
 
 
-def _dtype_changed(job: Job) -> bool:
-    """Tell whether a converted tensor has another type than the unlearned one had."""
-    stored = job.pair.unlearned.tensors
-    return any(step.dtype != stored[step.name].dtype for step in job.plan.steps)
+def _edits(job: Job) -> Edits:
+    """Return what the configuration must say other than the unlearned checkpoint's."""
+    stored, dtype = job.pair.unlearned.tensors, job.plan.recipe.dtype
+    changed = any(step.dtype != stored[step.name].dtype for step in job.plan.steps)
+    return Edits(dtype if changed and dtype != "auto" else None)
 
 
 def _results(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from uipe_merge.checkpoint.adapter import ADAPTER
@@ -79,6 +80,18 @@ class Step(NamedTuple):
     def elements(self) -> int:
         """Number of elements."""
         return self.source.elements
+
+    def ranges(self, size: int) -> Iterator[tuple[int, int]]:
+        """Cut it into ``(first element, elements)`` of at most ``size``, each in one piece."""
+        seams = {*self.source.seams(), *(self.original.seams() if self.original else ())}
+        for begin, end in pairwise([*sorted(seams), self.elements]):
+            for start in range(begin, max(end, begin + 1), size):
+                yield start, min(size, end - start)
+
+    def at(self, start: int, count: int) -> Step:
+        """Return the step of one of its ranges, with the piece of each side that it lies in."""
+        original = self.original and self.original.part(start, count)
+        return self._replace(source=self.source.part(start, count), original=original)
 
 
 class Shard(NamedTuple):
@@ -310,8 +323,7 @@ def shard_blocks(plan: Plan, shard: int, size: int = BLOCK) -> Iterator[Block]:
     sequence = 0
     for index, step in enumerate(steps):
         # An empty tensor still is a block, so that it is counted and recorded.
-        for start in range(0, max(step.elements, 1), size):
-            count = min(size, step.elements - start)
+        for start, count in step.ranges(size):
             last = index == len(steps) - 1 and start + count == step.elements
             yield Block(shard, index, start, count, sequence, last)
             sequence += 1

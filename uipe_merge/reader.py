@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from uipe_merge.aligned import allocate, placed
+from uipe_merge.checkpoint.header import OTHER
 from uipe_merge.errors import CorruptInputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from uipe_merge.checkpoint.dtypes import DType
     from uipe_merge.checkpoint.header import TensorSpec
     from uipe_merge.checkpoint.model import Checkpoint
     from uipe_merge.checkpoint.storage import InputFile, Stamp
@@ -55,11 +57,14 @@ class BlockReader:
             self._open(spec, side).read_into(memoryview(content), spec.offset)
         return content
 
-    def pieces(self, spec: TensorSpec, side: int) -> Iterator[tuple[int, memoryview]]:
-        """Read a whole tensor block by block: ``(first element, bytes)``."""
-        for start in range(0, spec.elements, self._block):
-            count = min(self._block, spec.elements - start)
-            yield start, self.read(spec, side, start, count)
+    def blocks(self, spec: TensorSpec, side: int) -> Iterator[tuple[int, DType, memoryview]]:
+        """Read a whole tensor block by block: first element, element type, bytes."""
+        first = 0
+        for piece in spec.pieces or (spec,):
+            for start in range(0, piece.elements, self._block):
+                count = min(self._block, piece.elements - start)
+                yield first + start, piece.dtype, self.read(piece, side, start, count)
+            first += piece.elements
 
     def close(self) -> None:
         """Close the open files."""
@@ -70,13 +75,14 @@ class BlockReader:
 
     def _open(self, spec: TensorSpec, side: int) -> InputFile:
         # One file a side is held: with hundreds of shards, descriptors stay few.
-        held, key = self._files[side], (spec.home, spec.file)
+        side, home = owner(spec, side)
+        held, key = self._files[side], (home, spec.file)
         if held is not None and held[0] == key:
             return held[1]
         if held is not None:
             self._files[side] = None
             held[1].close()
-        file = self._pair[side].folders[spec.home].open_file(spec.file)
+        file = self._pair[side].folders[home].open_file(spec.file)
         self._files[side] = (key, file)
         check_stamp(file, self._stamps[side][key])
         return file
@@ -98,13 +104,24 @@ def check_stamp(file: InputFile, planned: Stamp) -> None:
 
 def shown(pair: Pair, spec: TensorSpec, side: int) -> str:
     """Return the file of a tensor as messages name it."""
-    return f"{pair[side].folders[spec.home].location}/{spec.file}"
+    side, home = owner(spec, side)
+    return f"{pair[side].folders[home].location}/{spec.file}"
+
+
+def owner(spec: TensorSpec, side: int) -> tuple[int, str]:
+    """Return the checkpoint that holds a tensor of ``side``, 0 or 1, and the folder in it."""
+    return (
+        (1 - side, spec.home.removeprefix(OTHER))
+        if spec.home.startswith(OTHER)
+        else (side, spec.home)
+    )
 
 
 def widest_input(plan: Plan) -> int:
     """Return the bytes of the widest element that a plan reads."""
     read = [spec for step in plan.steps for spec in (step.source, step.original) if spec]
-    return max((spec.dtype.bits // 8 for spec in read), default=1)
+    plain = [piece for spec in read for piece in spec.pieces or (spec,)]
+    return max((spec.dtype.bits // 8 for spec in plain), default=1)
 
 
 def _stamps(checkpoint: Checkpoint) -> Mapping[tuple[str, str], Stamp]:

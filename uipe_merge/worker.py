@@ -64,7 +64,7 @@ class MergeWorker:
         """Read, compute and write one block."""
         shard = self._plan.shards[block.shard]
         step = shard.steps[block.step]
-        data, sums = self._produce(step, block)
+        data, sums = self._produce(step, step.at(block.start, block.elements), block)
         writer = self._writer(block.shard)
         writer.write(block.sequence, data, step.offset + block.start * (step.dtype.bits // 8))
         return BlockResult(block, sums, writer.finish(shard.size) if block.last else None)
@@ -75,31 +75,36 @@ class MergeWorker:
         if self._lazy is not None:
             self._lazy[1].close()
 
-    def _produce(self, step: Step, block: Block) -> tuple[memoryview, list[tuple[float, ...]]]:
-        """Return the output bytes of a block and the sums of its cells."""
+    def _produce(
+        self, whole: Step, step: Step, block: Block
+    ) -> tuple[memoryview, list[tuple[float, ...]]]:
+        """Return the output bytes of a block and the sums of its cells.
+
+        ``step`` is what ``whole`` does in this block, with the piece of either side it reads.
+        """
         side = 0 if step.from_original else 1
         # What is only copied goes to the disk from where it is read to.
         place = step.offset + block.start * (step.dtype.bits // 8)
-        source = self._reader.read(step.source, side, block.start, block.elements, place)
+        source = self._reader.read(step.source, side, 0, block.elements, place)
         if step.operation == "extrapolate":
-            return self._extrapolate(step, block, source)
-        self._guard.check_bytes(source, step.source, side)
+            return self._extrapolate(whole, step, block, source)
+        self._guard.check_bytes(source, step.source.dtype, whole.source, side)
         if step.operation == "cast":
             out = self._out_view(step, block)
             self._kernels().cast(step, source, out)
-            self._guard.check_cast(out, step, self._kernels())
+            self._guard.check_cast(out, whole, self._kernels())
             return out, []
         if step.operation == "keep" and step.original is not None:
-            original = self._reader.read(step.original, 0, block.start, block.elements)
+            original = self._reader.read(step.original, 0, 0, block.elements)
             differing = count_differing(original, source, step.dtype.bits // 8)
             return source, [(0.0, 0.0, 0.0, 0.0, float(differing))]
         return source, []
 
     def _extrapolate(
-        self, step: Step, block: Block, unlearned: memoryview
+        self, whole: Step, step: Step, block: Block, unlearned: memoryview
     ) -> tuple[memoryview, list[tuple[float, ...]]]:
         assert step.original is not None  # noqa: S101 - the plan gives it for this operation
-        original = self._reader.read(step.original, 0, block.start, block.elements)
+        original = self._reader.read(step.original, 0, 0, block.elements)
         out = self._out_view(step, block)
         if native.covers(step):
             found = native.extrapolate(step, original, unlearned, out)
@@ -107,10 +112,10 @@ class MergeWorker:
                 return out, found
         sums: list[tuple[float, ...]] = []
         kernels, deltas = self._arithmetic()
-        cells = deltas.at(step, block.start)
+        cells = deltas.at(whole, block.start)
         for moments, finite in kernels.extrapolate(step, original, unlearned, out, cells):
             if not finite:
-                self._guard.explain(step, kernels)
+                self._guard.explain(whole, kernels)
             sums.append(tuple(moments))
         return out, sums
 

@@ -51,8 +51,11 @@ class TensorSpec(NamedTuple):
         file: Name of the shard that holds it.
         offset: Absolute position of its first byte in that file.
         nbytes: Its length in bytes.
-        home: Which of a checkpoint's folders the shard is in; ``""`` is its own.
+        home: Which of a checkpoint's folders the shard is in; ``""`` is its own. With ``OTHER``
+            before it, a folder of the other checkpoint of the pair.
         factors: Low-rank updates that an adapter adds to the stored values.
+        pieces: For a tensor that is no tensor of a file, what its elements are, one piece
+            after the other; ``file`` and ``offset`` are the first one's then.
     """
 
     name: str
@@ -63,11 +66,41 @@ class TensorSpec(NamedTuple):
     nbytes: int
     home: str = ""
     factors: tuple[Factor, ...] = ()
+    pieces: tuple[TensorSpec, ...] = ()
 
     @property
     def elements(self) -> int:
         """Number of elements."""
+        if self.pieces:
+            return sum(piece.elements for piece in self.pieces)
         return self.nbytes * 8 // self.dtype.bits
+
+    def part(self, start: int, count: int) -> TensorSpec:
+        """Return ``count`` elements from ``start``, which must lie in one piece, as a vector."""
+        for piece in self.pieces:
+            if start < piece.elements:
+                return piece.part(start, count)
+            start -= piece.elements
+        size = self.dtype.bits // 8
+        return self._replace(shape=(count,), offset=self.offset + start * size, nbytes=count * size)
+
+    def seams(self) -> list[int]:
+        """Return the elements at which its pieces begin, the first one's 0 included."""
+        starts = [0]
+        for piece in self.pieces[:-1]:
+            starts.append(starts[-1] + piece.elements)
+        return starts
+
+
+OTHER = "other:"
+"""Before the ``home`` of a tensor that belongs to the other checkpoint of a pair."""
+
+
+def joined(name: str, shape: tuple[int, ...], pieces: Iterable[TensorSpec]) -> TensorSpec:
+    """Return a tensor whose elements are those of some others, one after the other."""
+    parts = tuple(piece for piece in pieces if piece.nbytes)
+    nbytes = sum(piece.nbytes for piece in parts)
+    return parts[0]._replace(name=name, shape=shape, nbytes=nbytes, factors=(), pieces=parts)
 
 
 class Factor(NamedTuple):

@@ -18,7 +18,7 @@ from uipe_merge.output.card import CARD_NAME
 from uipe_merge.output.manifest import MANIFEST_NAME, FileRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from uipe_merge.checkpoint.model import Checkpoint
@@ -42,6 +42,20 @@ _TRAINING = re.compile(
     r"|^(latest|zero_to_fp32\.py)$"
 )
 _RESULTS = re.compile(r"(^|/)(\w+_(EVAL|SUMMARY)\.json|results_.*\.json|eval_log.*\.json)$")
+
+
+class Edits(NamedTuple):
+    """What ``config.json`` must say other than the checkpoint's, because the weights do.
+
+    Attributes:
+        dtype: The output dtype; ``None`` where it is the checkpoint's.
+        fields: Top-level fields to set.
+        removed: Top-level fields to leave out.
+    """
+
+    dtype: str | None = None
+    fields: Mapping[str, object] = {}
+    removed: tuple[str, ...] = ()
 
 
 class Sidecar(NamedTuple):
@@ -104,7 +118,7 @@ def carried(name: str) -> bool:
 
 
 def copy_sidecar(
-    filesystem: FileSystem, sidecar: Sidecar, model: Path, dtype: str | None
+    filesystem: FileSystem, sidecar: Sidecar, model: Path, edits: Edits
 ) -> FileRecord:
     """Write one sidecar durably into ``model`` and return its size and hash.
 
@@ -112,8 +126,7 @@ def copy_sidecar(
         filesystem: Where it is written.
         sidecar: The file.
         model: The directory of the output being built.
-        dtype: The output dtype that ``config.json`` must name; ``None`` where the dtype did
-            not change, and the file is copied verbatim.
+        edits: What changes in ``config.json``; where there is nothing, it is copied verbatim.
     """
     directories = [model / parent for parent in _parents(sidecar.name)]
     for directory in directories:
@@ -124,8 +137,8 @@ def copy_sidecar(
             _read(file, start, min(_PIECE, file.stamp.size - start))
             for start in range(0, file.stamp.size, _PIECE)
         )
-        if sidecar.name == "config.json" and dtype is not None:
-            pieces = [with_dtype(b"".join(pieces), dtype)]
+        if sidecar.name == "config.json" and any(edits):
+            pieces = [edited(b"".join(pieces), edits)]
         record = _write(filesystem, model / sidecar.name, pieces)
     finally:
         file.close()
@@ -134,8 +147,9 @@ def copy_sidecar(
     return record
 
 
-def with_dtype(config: bytes, dtype: str) -> bytes:
-    """Return ``config.json`` with its dtype changed, key by key, and nothing else."""
+def edited(config: bytes, edits: Edits) -> bytes:
+    """Return ``config.json`` with its dtype and some fields changed, and nothing else."""
+    dtype = edits.dtype
 
     def change(value: dict[str, object]) -> dict[str, object]:
         changed = dict(value)
@@ -147,9 +161,12 @@ def with_dtype(config: bytes, dtype: str) -> bytes:
         return changed
 
     document = json.loads(config)
-    changed = change(document)
-    if not {"dtype", "torch_dtype"} & changed.keys():
+    changed = change(document) if dtype is not None else document
+    if dtype is not None and not {"dtype", "torch_dtype"} & changed.keys():
         changed["dtype"] = dtype
+    changed |= edits.fields
+    for field in edits.removed:
+        changed.pop(field, None)
     return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
 
 
