@@ -48,7 +48,7 @@ def test_embedding_32000_against_32002_rows(tmp_path: Path) -> None:
     one, two = (torch.zeros(rows, 2, dtype=torch.bfloat16) for rows in (32000, 32002))
     pair(tmp_path, {EMBEDDING: one}, {EMBEDDING: two})
     shapes = ("[32000, 2]", "[32002, 2]")
-    refuse_merge(tmp_path, 5, EMBEDDING, *shapes, "resize_token_embeddings")
+    refuse_merge(tmp_path, 5, EMBEDDING, *shapes, "rows added", "--on-mismatch keep-unlearned")
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (6, 4), (24,), (1, 4, 6)])

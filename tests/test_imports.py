@@ -186,7 +186,7 @@ def test_arithmetic_knows_only_torch() -> None:
         ("rich", {"cli"}),
         ("matplotlib", {"plots"}),
         ("plotly", {"plots"}),
-        ("transformers", {"demo"}),
+        ("transformers", {"demo", "checkpoint"}),
     ],
 )
 def test_a_library_stays_in_its_layer(library: str, owners: set[str]) -> None:

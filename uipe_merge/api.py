@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from uipe_merge.checkpoint.decisions import Decision
     from uipe_merge.inspection import Inspection
     from uipe_merge.job import Job
     from uipe_merge.progress import Progress
@@ -27,6 +28,7 @@ def plan(
     alpha: float,
     dtype: str = "auto",
     max_shard_size: str | int | None = None,
+    on_mismatch: Decision = "error",
     overwrite: bool = False,
     allow_pickle: bool = False,
 ) -> Job:
@@ -39,7 +41,7 @@ def plan(
     from uipe_merge.recipe import Recipe, parse_size
 
     limit = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
-    recipe = Recipe(float(alpha), dtype, limit)
+    recipe = Recipe(float(alpha), dtype, limit, on_mismatch)
     return job.prepare(
         original, unlearned, output, recipe, overwrite=overwrite, allow_pickle=allow_pickle
     )
@@ -53,6 +55,7 @@ def merge(
     alpha: float,
     dtype: str = "auto",
     max_shard_size: str | int | None = None,
+    on_mismatch: Decision = "error",
     overwrite: bool = False,
     allow_pickle: bool = False,
     threads: int | None = None,
@@ -72,6 +75,9 @@ def merge(
             ``bfloat16`` or ``float16`` converts.
         max_shard_size: Largest output shard, in bytes or as ``5GB``; by default the shards
             of the unlearned checkpoint.
+        on_mismatch: What becomes of tensors that are in one checkpoint only or have other
+            shapes: ``error``, ``keep-unlearned``, ``keep-original``, or ``common-rows`` (the
+            rows that both have are extrapolated, the others kept as they are).
         overwrite: Replace a model that this tool wrote at ``output``.
         allow_pickle: Read ``pytorch_model*.bin`` where there is no safetensors file; nothing in
             the pickle is run.
@@ -96,6 +102,7 @@ def merge(
         alpha=alpha,
         dtype=dtype,
         max_shard_size=max_shard_size,
+        on_mismatch=on_mismatch,
         overwrite=overwrite,
         allow_pickle=allow_pickle,
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from uipe_merge._version import __version__
+from uipe_merge.checkpoint.decisions import following
 from uipe_merge.checkpoint.index import INDEX_NAME
 from uipe_merge.checkpoint.pair import match, refuse_swapped
 from uipe_merge.errors import CorruptInputError, NumericError, OutputError, listed
@@ -74,6 +75,8 @@ class Job:
             words += ["--dtype", recipe.dtype]
         if recipe.max_shard_bytes is not None:
             words += ["--max-shard-size", str(recipe.max_shard_bytes)]
+        if recipe.on_mismatch != "error":
+            words += ["--on-mismatch", recipe.on_mismatch]
         if any(shard.name.endswith(".bin") for side in self.pair for shard in side.shards):
             words.append("--allow-pickle")
         return shlex.join(words)
@@ -101,7 +104,7 @@ def prepare(
     with _collector_paused():
         pair = open_pair(original, unlearned, allow_pickle=allow_pickle)
         refuse_swapped(*pair, base_models(card_metadata(pair.original)))
-        pairing = match(*pair)
+        pairing = match(*pair, recipe.on_mismatch)
         pairing.require_match(*pair)
         plan = make_plan(*pair, pairing, recipe)
     sidecars = plan_sidecars(*pair)
@@ -258,6 +261,7 @@ def _write_rest(
             "alpha": recipe.alpha,
             "dtype": recipe.dtype,
             "max_shard_bytes": recipe.max_shard_bytes,
+            "on_mismatch": recipe.on_mismatch,
         },
         "plan": plan.fingerprint(),
         "inputs": {
@@ -284,8 +288,12 @@ def _write_rest(
 def _edits(job: Job) -> Edits:
     """Return what the configuration must say other than the unlearned checkpoint's."""
     stored, dtype = job.pair.unlearned.tensors, job.plan.recipe.dtype
-    changed = any(step.dtype != stored[step.name].dtype for step in job.plan.steps)
-    return Edits(dtype if changed and dtype != "auto" else None)
+    steps = [step for step in job.plan.steps if step.name in stored]
+    changed = any(step.dtype != stored[step.name].dtype for step in steps)
+    fields: dict[str, object] = {}
+    if job.plan.recipe.on_mismatch == "keep-original":
+        fields = following(job.pair.original.config, job.pair.unlearned.config)
+    return Edits(dtype if changed and dtype != "auto" else None, fields)
 
 
 def _results(

@@ -22,6 +22,7 @@ from uipe_merge.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from uipe_merge.checkpoint.decisions import Kept
     from uipe_merge.checkpoint.header import TensorSpec
     from uipe_merge.checkpoint.pair import Pairing
     from uipe_merge.recipe import Recipe
@@ -229,16 +230,34 @@ def make_plan(
     Raises:
         UsageError: A tensor alone is larger than the largest shard asked for.
     """
-    drafts = [_draft(pairing, name, recipe) for name in unlearned.tensors]
+    added = [name for name in pairing.kept if name not in unlearned.tensors]
+    drafts = [
+        _kept(name, pairing.kept[name], recipe)
+        if name in pairing.kept
+        else _draft(pairing, name, recipe)
+        for name in [*unlearned.tensors, *added]
+        if name in pairing.pairs or name in pairing.kept
+    ]
     # What an adapter replaces lies in its own file, but belongs where the base has it.
     layout = {
         name: pairing.pairs[name][0].file if spec.home.startswith(ADAPTER) else spec.file
         for name, spec in unlearned.tensors.items()
     }
+    layout |= dict.fromkeys(added, max(layout.values()))  # what only the original has comes last
     grouped = list(_layout(drafts, layout, recipe.max_shard_bytes))
     shards = [_place(name, group) for name, group in grouped]
     warnings = [*original.warnings, *unlearned.warnings, *pairing.warnings]
     return Plan(recipe, shards, original.shards, unlearned.shards, warnings)
+
+
+def _kept(name: str, kept: Kept, recipe: Recipe) -> Step:
+    """Carry a tensor over from one side, whatever α is."""
+    spec, dtype = kept.spec, kept.spec.dtype
+    if recipe.dtype != "auto" and dtype.name in CONVERTIBLE:
+        dtype = OUTPUT_DTYPES[recipe.dtype]
+    operation: Operation = "copy" if spec.dtype == dtype else "cast"
+    nbytes = spec.elements * dtype.bits // 8
+    return Step(name, operation, recipe.alpha, spec, None, dtype, 0, nbytes, kept.from_original)
 
 
 def _draft(pairing: Pairing, name: str, recipe: Recipe) -> Step:
@@ -256,7 +275,8 @@ def _draft(pairing: Pairing, name: str, recipe: Recipe) -> Step:
         other = None if from_original else original
         dtype = source.dtype
     elif recipe.alpha in (0, -1) and not source.factors:
-        operation = "copy" if source.dtype == dtype else "cast"
+        stored = {piece.dtype for piece in source.pieces or (source,)}
+        operation = "copy" if stored == {dtype} else "cast"
     else:
         operation, other = "extrapolate", original
     nbytes = source.elements * dtype.bits // 8

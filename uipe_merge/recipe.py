@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
+from uipe_merge.checkpoint.decisions import DECISIONS, Decision
 from uipe_merge.checkpoint.dtypes import OUTPUT_DTYPES
 from uipe_merge.errors import NumericError, RecipeError, UsageError
 
@@ -25,6 +26,8 @@ class Recipe:
         dtype: ``auto`` (each tensor keeps the unlearned checkpoint's) or a key of
             ``OUTPUT_DTYPES``.
         max_shard_bytes: Largest output shard; ``None`` keeps the unlearned shard layout.
+        on_mismatch: What becomes of tensors that the two do not have alike; see
+            ``checkpoint.decisions``.
 
     Raises:
         RecipeError: α is not a finite number.
@@ -35,6 +38,7 @@ class Recipe:
     alpha: float
     dtype: str = "auto"
     max_shard_bytes: int | None = None
+    on_mismatch: Decision = "error"
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -52,6 +56,11 @@ class Recipe:
                 f"unknown dtype '{self.dtype}'",
                 remedy=f"choose auto or one of {', '.join(OUTPUT_DTYPES)}",
             )
+        if self.on_mismatch not in DECISIONS:
+            raise UsageError(
+                f"unknown decision '{self.on_mismatch}' about mismatches",
+                remedy=f"choose one of {', '.join(DECISIONS)}",
+            )
         if self.max_shard_bytes is not None and self.max_shard_bytes <= 0:
             raise UsageError(
                 f"a shard of {self.max_shard_bytes} bytes holds nothing",
@@ -64,6 +73,7 @@ class Recipe:
             "alpha": float(self.alpha).hex(),
             "dtype": self.dtype,
             "max_shard_bytes": self.max_shard_bytes,
+            "on_mismatch": self.on_mismatch,
         }
 
 

@@ -203,6 +203,8 @@ def tensor_record(step: Step, values: Sums | None) -> dict[str, object]:
             "rounding_error": values.rounding_error(step.alpha),
             "share_changed": values.changed / max(step.elements * step.dtype.lanes, 1),
         }
+    elif step.operation in ("copy", "cast"):
+        record["source"] = "original" if step.from_original else "unlearned"
     elif step.operation == "keep" and values is not None:
         record["share_differing"] = values.changed / max(step.elements, 1)
     return record

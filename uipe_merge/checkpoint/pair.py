@@ -6,6 +6,8 @@ import re
 from pathlib import PurePath
 from typing import TYPE_CHECKING, NamedTuple
 
+from uipe_merge.checkpoint import experts
+from uipe_merge.checkpoint.decisions import FLAG, Decision, Kept, decide
 from uipe_merge.errors import IncompatibleModelsError, UsageError, listed
 
 if TYPE_CHECKING:
@@ -14,8 +16,6 @@ if TYPE_CHECKING:
     from uipe_merge.checkpoint.header import TensorSpec
     from uipe_merge.checkpoint.model import Checkpoint
 
-_EXPERT = re.compile(r"\.experts\.\d+\.")
-_FUSED_EXPERTS = re.compile(r"\.experts\.(?!\d)")
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output)\.weight$")
 _EMBEDDING = re.compile(
     r"(?:^|\.)(?:embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight$"
@@ -32,17 +32,25 @@ _SAME_ARCHITECTURE = (
 )
 
 
+_CONFIG = "config.json"
+
+
 class Pairing(NamedTuple):
-    """Every tensor of the unlearned checkpoint with its counterpart.
+    """What is done with every tensor of the two checkpoints.
 
     Attributes:
-        pairs: ``(original, unlearned)`` by name, in the unlearned checkpoint's order.
+        pairs: ``(original, unlearned)`` of what is extrapolated, by name, in the unlearned
+            checkpoint's order.
+        kept: What is taken from one side although the two do not match, by decision.
         mismatches: One line for each thing that keeps the two from being merged.
+        decided: One line for each thing that would, and that was decided about.
         warnings: What is odd but does not keep them.
     """
 
     pairs: dict[str, tuple[TensorSpec, TensorSpec]]
+    kept: dict[str, Kept]
     mismatches: list[str]
+    decided: list[str]
     warnings: list[str]
 
     def require_match(self, original: Checkpoint, unlearned: Checkpoint) -> None:
@@ -51,54 +59,127 @@ class Pairing(NamedTuple):
         Raises:
             IncompatibleModelsError: Naming all mismatches at once.
         """
-        if self.mismatches:
-            raise IncompatibleModelsError(
-                f"does not match {original.location}: {listed(self.mismatches)}",
-                file=unlearned.location,
-                remedy="merge two checkpoints of one model (`uipe-merge inspect` shows more)",
-            )
+        if not self.mismatches:
+            return
+        fixed = any(line.startswith(_CONFIG) for line in self.mismatches)
+        raise IncompatibleModelsError(
+            f"does not match {original.location}: {listed(self.mismatches)}",
+            file=unlearned.location,
+            remedy="merge two checkpoints of one model" if fixed else FLAG,
+        )
 
 
-def match(original: Checkpoint, unlearned: Checkpoint) -> Pairing:
-    """Pair the tensors of two checkpoints by name, whatever their shards."""
-    pairs: dict[str, tuple[TensorSpec, TensorSpec]] = {}
-    mismatches = _config_mismatches(original.config, unlearned.config)
-    warnings: list[str] = []
+def match(original: Checkpoint, unlearned: Checkpoint, decision: Decision = "error") -> Pairing:
+    """Pair the tensors of two checkpoints by name, whatever their shards.
+
+    Args:
+        original: θ₀.
+        unlearned: θᵤ.
+        decision: What to do with tensors that do not match; see ``decisions``. Another
+            architecture is a mismatch all the same.
+    """
+    found = Pairing({}, {}, _config_mismatches(original.config, unlearned.config), [], [])
+    relaid = _in_one_layout(original, unlearned, found)
+    if relaid is None:
+        return found
+    original = relaid
     tied = _tied(original.config) and _tied(unlearned.config)
-    if layouts := _expert_layouts(original, unlearned):
-        return Pairing({}, [*mismatches, layouts], [])
     for name, spec in unlearned.tensors.items():
         other = original.tensors.get(name)
-        if other is None and tied and _HEAD.search(name):
+        if other is None and _HEAD.search(name) and (tied or _head_in_common(original, decision)):
             other = _embedding(original.tensors)
             if other is not None:
-                warnings.append(
-                    f"{unlearned.location}: tensor '{name}' is stored though tied; its update "
-                    f"is taken against '{other.name}' of {original.location}"
+                found.warnings.append(
+                    f"{unlearned.location}: tensor '{name}' is stored though tied in "
+                    f"{original.location}; its update is taken against '{other.name}' there"
                 )
-        if other is None:
-            mismatches.append(f"tensor '{name}' is only in {unlearned.location}")
-        elif other.shape != spec.shape:
-            mismatches.append(
-                f"tensor '{name}' is {list(other.shape)} in {original.location} and "
-                f"{list(spec.shape)} in {unlearned.location}{_rows_hint(other, spec)}"
-            )
-        elif other.dtype != spec.dtype and not _comparable(other, spec):
-            mismatches.append(
-                f"tensor '{name}' is {other.dtype.name} in {original.location} and "
-                f"{spec.dtype.name} in {unlearned.location}"
-            )
+        problem = _problem(name, other, spec, original, unlearned)
+        if problem is None and other is not None:
+            found.pairs[name] = (other, spec)
         else:
-            pairs[name] = (other, spec)
-    for name in [name for name in original.tensors if name not in unlearned.tensors]:
+            _settle(found, decision, name, other, spec, problem or "")
+    for name, spec in original.tensors.items():
+        if name in unlearned.tensors:
+            continue
         if tied and _HEAD.search(name):
-            warnings.append(
+            found.warnings.append(
                 f"{original.location}: tensor '{name}' is stored though tied; it is left out, as "
                 f"in {unlearned.location}"
             )
         else:
-            mismatches.append(f"tensor '{name}' is only in {original.location}")
-    return Pairing(pairs, mismatches, warnings + _dtype_warnings(pairs))
+            problem = f"tensor '{name}' is only in {original.location}"
+            _settle(found, decision, name, spec, None, problem)
+    if found.decided:
+        found.warnings.append(f"--on-mismatch {decision}: {listed(found.decided)}")
+    found.warnings.extend(_dtype_warnings(found.pairs))
+    return found
+
+
+def _in_one_layout(
+    original: Checkpoint, unlearned: Checkpoint, found: Pairing
+) -> Checkpoint | None:
+    """Return the original with its experts stored as the unlearned's; ``None`` if they cannot be."""
+    first, second = experts.layout(original), experts.layout(unlearned)
+    if first is None or second is None or first[0] == second[0]:
+        return original
+    how = (
+        f"experts are stored {first[0]} ('{first[1]}') in {original.location} and {second[0]} "
+        f"('{second[1]}') in {unlearned.location}"
+    )
+    tensors = experts.relaid(original, unlearned)
+    if tensors is None:
+        found.mismatches.append(f"{how}: save both with one version of transformers")
+        return None
+    found.warnings.append(f"{how}: matched as transformers does")
+    return original._replace(tensors=tensors)
+
+
+def _problem(
+    name: str,
+    other: TensorSpec | None,
+    spec: TensorSpec,
+    original: Checkpoint,
+    unlearned: Checkpoint,
+) -> str | None:
+    """Say what keeps a tensor of the unlearned checkpoint from having an update."""
+    if other is None:
+        return f"tensor '{name}' is only in {unlearned.location}"
+    if other.shape != spec.shape:
+        return (
+            f"tensor '{name}' is {list(other.shape)} in {original.location} and "
+            f"{list(spec.shape)} in {unlearned.location}{_rows_hint(other, spec)}"
+        )
+    if other.dtype != spec.dtype and not _comparable(other, spec):
+        return (
+            f"tensor '{name}' is {other.dtype.name} in {original.location} and "
+            f"{spec.dtype.name} in {unlearned.location}"
+        )
+    return None
+
+
+def _settle(
+    found: Pairing,
+    decision: Decision,
+    name: str,
+    original: TensorSpec | None,
+    unlearned: TensorSpec | None,
+    problem: str,
+) -> None:
+    """Decide about one mismatch, or list it."""
+    outcome = decide(decision, original, unlearned)
+    if outcome is None:
+        found.mismatches.append(problem)
+        return
+    if outcome.original is not None and unlearned is not None:
+        found.pairs[name] = (outcome.original, unlearned)
+    elif outcome.kept is not None:
+        found.kept[name] = outcome.kept
+    found.decided.append(f"{problem}: {outcome.what}")
+
+
+def _head_in_common(original: Checkpoint, decision: Decision) -> bool:
+    """Tell whether the original's embedding is its head, and heads are to be extrapolated."""
+    return decision == "common-rows" and _tied(original.config)
 
 
 def refuse_swapped(original: Checkpoint, unlearned: Checkpoint, base_models: list[str]) -> None:
@@ -126,7 +207,7 @@ def _config_mismatches(one: Mapping[str, object], two: Mapping[str, object]) -> 
     """Name the fields of the architecture that both configs have and that differ."""
     first, second = _architecture(one), _architecture(two)
     return [
-        f"config.json: {field} is {first[field]!r} and {second[field]!r}"
+        f"{_CONFIG}: {field} is {first[field]!r} and {second[field]!r}"
         for field in _SAME_ARCHITECTURE
         if field in first and field in second and first[field] != second[field]
     ]
@@ -160,30 +241,10 @@ def _comparable(one: TensorSpec, two: TensorSpec) -> bool:
 
 def _rows_hint(one: TensorSpec, two: TensorSpec) -> str:
     if len(one.shape) == len(two.shape) and one.shape[1:] == two.shape[1:]:
-        return " (rows added or padded: bring both to one size with `resize_token_embeddings`)"
+        return " (rows added or padded)"
     if one.shape == two.shape[::-1]:
         return " (transposed)"
     return ""
-
-
-def _expert_layouts(original: Checkpoint, unlearned: Checkpoint) -> str | None:
-    """Name the two layouts where one stores its experts fused and the other one by one."""
-    first, second = _expert_layout(original), _expert_layout(unlearned)
-    if first is None or second is None or first[0] == second[0]:
-        return None
-    return (
-        f"experts are stored {first[0]} ('{first[1]}') in {original.location} and {second[0]} "
-        f"('{second[1]}') in {unlearned.location}: save both with one version of transformers"
-    )
-
-
-def _expert_layout(checkpoint: Checkpoint) -> tuple[str, str] | None:
-    for name in checkpoint.tensors:
-        if _EXPERT.search(name):
-            return "one by one", name
-        if _FUSED_EXPERTS.search(name):
-            return "fused", name
-    return None
 
 
 def _dtype_warnings(pairs: Mapping[str, tuple[TensorSpec, TensorSpec]]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from uipe_merge import native
+from uipe_merge.checkpoint.decisions import Decision
 from uipe_merge.cli.console import Output, number, size
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ def merge(
         str | None,
         typer.Option(help="Such as 5GB. [default: the unlearned checkpoint's own shards]"),
     ] = None,
+    on_mismatch: Annotated[
+        Decision,
+        typer.Option(help="Tensors that one side lacks or has in another shape."),
+    ] = "error",
     threads: Annotated[
         int | None, typer.Option(min=1, max=256, help="Threads. [default: two a core, at most 8]")
     ] = None,
@@ -65,6 +70,7 @@ def merge(
         alpha=alpha,
         dtype=dtype,
         max_shard_size=max_shard_size,
+        on_mismatch=on_mismatch,
         overwrite=overwrite,
         allow_pickle=allow_pickle,
     )
