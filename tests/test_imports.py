@@ -38,6 +38,8 @@ LAYERS: list[set[str]] = [
     {"output"},
     {"report"},
     {"plan"},
+    {"coefficients"},
+    {"recipe_file"},
     {"recipe"},
     {"bits"},
     {"checkpoint"},

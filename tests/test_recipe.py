@@ -62,6 +62,9 @@ def test_canonical_alpha_is_exact(alpha: float, text: str) -> None:
         "dtype": "float16",
         "max_shard_bytes": 7,
         "on_mismatch": "error",
+        "rules": [],
+        "layers": [],
+        "gradient": [],
     }
     assert float.fromhex(text) == alpha
 

@@ -134,13 +134,14 @@ SUMS: Mapping[str, Sums | None] = {
 
 
 def test_a_model_is_the_sum_of_its_extrapolated_tensors() -> None:
-    found = summarise(STEPS, SUMS)
+    found = summarise(STEPS, SUMS, 0.0)
     assert found.tensors == {"extrapolate": (3, 120), "keep": (1, 32), "copy": (1, 14)}
     assert found.unchanged == 1
     assert found.elements == 30 + 10 + 2 * 5  # a complex number is two real ones
     assert found.total == Sums(9.0, 36.0, 18.0, 0.0, 34)
     assert found.as_dict() == {
         "alpha": 2.0,
+        "alpha_spread": None,
         "tensors": {
             "extrapolate": {"count": 3, "bytes": 120},
             "keep": {"count": 1, "bytes": 32},
@@ -156,12 +157,12 @@ def test_a_model_is_the_sum_of_its_extrapolated_tensors() -> None:
 
 
 def test_a_model_of_copies_has_no_measures_and_no_warnings() -> None:
-    found = summarise(STEPS[3:], SUMS)
+    found = summarise(STEPS[3:], SUMS, 0.0)
     assert found.total is None
     assert found.warnings() == []
     assert [name for name, _ in found.rows()] == ["tensors extrapolated", "tensors copied"]
     assert found.as_dict()["norm"] is found.as_dict()["share_changed"] is None
-    assert summarise([], {}).rows()[0] == ("tensors extrapolated", "0 (0 with v = 0)")
+    assert summarise([], {}, 0.0).rows()[0] == ("tensors extrapolated", "0 (0 with v = 0)")
 
 
 def test_the_closing_table_shows_what_was_asked_for_and_what_came_out() -> None:
@@ -223,6 +224,6 @@ def test_the_record_of_a_tensor_has_what_its_operation_measures() -> None:
     assert records["still"]["effective_alpha"] is records["still"]["rounding_error"] is None
     assert records["complex"]["share_changed"] == 1.0
     assert records["ids"] == {"operation": "keep", "alpha": 2.0, "share_differing": 0.75}
-    assert records["norm"] == {"operation": "copy", "alpha": 2.0}
+    assert records["norm"] == {"operation": "copy", "alpha": 2.0, "source": "unlearned"}
     assert tensor_record(step("e", "extrapolate", 0), Sums())["share_changed"] == 0
     assert json.loads(json.dumps(records, allow_nan=False)) == records

@@ -10,11 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from uipe_merge.errors import UsageError
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from uipe_merge.checkpoint.decisions import Decision
     from uipe_merge.inspection import Inspection
     from uipe_merge.job import Job
     from uipe_merge.progress import Progress
+    from uipe_merge.recipe import Recipe
     from uipe_merge.report import MergeReport
 
 PathLike = str | os.PathLike[str]
@@ -25,10 +30,14 @@ def plan(
     unlearned: PathLike,
     output: PathLike,
     *,
-    alpha: float,
+    alpha: float | None = None,
+    alpha_rules: Mapping[str, float] | None = None,
+    alpha_layers: Mapping[int, float] | None = None,
+    alpha_gradient: Sequence[float] = (),
     dtype: str = "auto",
     max_shard_size: str | int | None = None,
     on_mismatch: Decision = "error",
+    recipe: Recipe | PathLike | None = None,
     overwrite: bool = False,
     allow_pickle: bool = False,
 ) -> Job:
@@ -38,13 +47,59 @@ def plan(
         UipeMergeError: Whatever would keep ``merge`` from beginning, with its exit code.
     """
     from uipe_merge import job
+
+    asked = make_recipe(
+        alpha=alpha,
+        alpha_rules=tuple((name, float(at)) for name, at in (alpha_rules or {}).items()),
+        alpha_layers=tuple(
+            (layer, float(at)) for layer, at in sorted((alpha_layers or {}).items())
+        ),
+        alpha_gradient=tuple(map(float, alpha_gradient)),
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        on_mismatch=on_mismatch,
+        recipe=recipe,
+    )
+    return job.prepare(
+        original, unlearned, output, asked, overwrite=overwrite, allow_pickle=allow_pickle
+    )
+
+
+def make_recipe(
+    *,
+    alpha: float | None,
+    alpha_rules: tuple[tuple[str, float], ...] = (),
+    alpha_layers: tuple[tuple[int, float], ...] = (),
+    alpha_gradient: tuple[float, ...] = (),
+    dtype: str = "auto",
+    max_shard_size: str | int | None = None,
+    on_mismatch: Decision = "error",
+    recipe: Recipe | PathLike | None = None,
+) -> Recipe:
+    """Return the recipe that the arguments of ``merge`` make, or the one that a file holds.
+
+    Raises:
+        UsageError: Neither α nor a recipe was given, or both; or a file cannot be read.
+        RecipeError: Something in it cannot be used.
+        NumericError: An α is too large.
+    """
     from uipe_merge.recipe import Recipe, parse_size
 
     limit = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
-    recipe = Recipe(float(alpha), dtype, limit, on_mismatch)
-    return job.prepare(
-        original, unlearned, output, recipe, overwrite=overwrite, allow_pickle=allow_pickle
-    )
+    rest = (dtype, limit, on_mismatch, alpha_rules, alpha_layers, alpha_gradient)
+    if recipe is None:
+        if alpha is None:
+            raise UsageError(
+                "no alpha", remedy="give --alpha (2 adds twice the update), or --recipe"
+            )
+        return Recipe(float(alpha), *rest)
+    if alpha is not None or rest != Recipe(0.0).rest():
+        raise UsageError("a recipe says all of it", remedy="write the other options into it")
+    if isinstance(recipe, Recipe):
+        return recipe
+    from uipe_merge.recipe_file import read_recipe
+
+    return read_recipe(Path(recipe))
 
 
 def merge(
@@ -52,10 +107,14 @@ def merge(
     unlearned: PathLike,
     output: PathLike,
     *,
-    alpha: float,
+    alpha: float | None = None,
+    alpha_rules: Mapping[str, float] | None = None,
+    alpha_layers: Mapping[int, float] | None = None,
+    alpha_gradient: Sequence[float] = (),
     dtype: str = "auto",
     max_shard_size: str | int | None = None,
     on_mismatch: Decision = "error",
+    recipe: Recipe | PathLike | None = None,
     overwrite: bool = False,
     allow_pickle: bool = False,
     threads: int | None = None,
@@ -70,7 +129,12 @@ def merge(
         original: Directory of the original checkpoint θ₀.
         unlearned: Directory of the unlearned checkpoint θᵤ.
         output: Directory to make. It appears whole, at the very end.
-        alpha: α, dimensionless: 0 gives the unlearned model, −1 the original.
+        alpha: α, dimensionless: 0 gives the unlearned model, −1 the original. Of every tensor
+            that no rule and no layer decides.
+        alpha_rules: α by pattern of the tensor's name (``*``, ``?``, ``[…]``), in order: the
+            first that matches decides.
+        alpha_layers: α by layer, linear between the layers named and constant outside.
+        alpha_gradient: Instead of layers: values spread evenly from the first to the last.
         dtype: ``auto`` keeps each tensor's dtype in the unlearned checkpoint; ``float32``,
             ``bfloat16`` or ``float16`` converts.
         max_shard_size: Largest output shard, in bytes or as ``5GB``; by default the shards
@@ -78,6 +142,7 @@ def merge(
         on_mismatch: What becomes of tensors that are in one checkpoint only or have other
             shapes: ``error``, ``keep-unlearned``, ``keep-original``, or ``common-rows`` (the
             rows that both have are extrapolated, the others kept as they are).
+        recipe: All of the above, from α on, as an object or in a file.
         overwrite: Replace a model that this tool wrote at ``output``.
         allow_pickle: Read ``pytorch_model*.bin`` where there is no safetensors file; nothing in
             the pickle is run.
@@ -100,9 +165,13 @@ def merge(
         unlearned,
         output,
         alpha=alpha,
+        alpha_rules=alpha_rules,
+        alpha_layers=alpha_layers,
+        alpha_gradient=alpha_gradient,
         dtype=dtype,
         max_shard_size=max_shard_size,
         on_mismatch=on_mismatch,
+        recipe=recipe,
         overwrite=overwrite,
         allow_pickle=allow_pickle,
     )

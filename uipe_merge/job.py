@@ -68,15 +68,8 @@ class Job:
     @property
     def command(self) -> str:
         """The command line that makes this output."""
-        recipe = self.plan.recipe
         words = ["uipe-merge", *(_operand(argument) for argument in self.arguments)]
-        words += ["--alpha", repr(recipe.alpha).removesuffix(".0"), "-o", self.named]
-        if recipe.dtype != "auto":
-            words += ["--dtype", recipe.dtype]
-        if recipe.max_shard_bytes is not None:
-            words += ["--max-shard-size", str(recipe.max_shard_bytes)]
-        if recipe.on_mismatch != "error":
-            words += ["--on-mismatch", recipe.on_mismatch]
+        words += [*self.plan.recipe.words(), "-o", self.named]
         if any(shard.name.endswith(".bin") for side in self.pair for shard in side.shards):
             words.append("--allow-pickle")
         return shlex.join(words)
@@ -262,6 +255,9 @@ def _write_rest(
             "dtype": recipe.dtype,
             "max_shard_bytes": recipe.max_shard_bytes,
             "on_mismatch": recipe.on_mismatch,
+            "alpha_rules": [list(rule) for rule in recipe.rules],
+            "alpha_layers": [list(knot) for knot in recipe.layers],
+            "gradient": list(recipe.gradient),
         },
         "plan": plan.fingerprint(),
         "inputs": {
@@ -306,7 +302,7 @@ def _results(
     }
     steps = list(plan.steps)
     tensors = {step.name: tensor_record(step, sums[step.name]) for step in steps}
-    return summarise(steps, sums), tensors
+    return summarise(steps, sums, plan.recipe.alpha), tensors
 
 
 def _kept_warnings(tensors: dict[str, dict[str, object]]) -> list[str]:

@@ -28,6 +28,12 @@ class Place(NamedTuple):
     kind: str
 
 
+def stack(name: str) -> str:
+    """Return the beginning of a name up to the number of its layer: which stack it is in."""
+    match = _LAYER.search(name)
+    return name[: match.start(1)] if match else ""
+
+
 def place(name: str) -> Place:
     """Return the layer and module kind that a tensor's name tells."""
     match = _LAYER.search(name)

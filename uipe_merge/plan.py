@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -17,7 +18,9 @@ from uipe_merge.checkpoint.dtypes import CONVERTIBLE, OUTPUT_DTYPES, DType
 from uipe_merge.checkpoint.header import encode_header
 from uipe_merge.checkpoint.index import encode_index
 from uipe_merge.checkpoint.model import SINGLE_NAME, Checkpoint, ShardInput
-from uipe_merge.errors import UsageError
+from uipe_merge.checkpoint.pair import tied_names
+from uipe_merge.coefficients import resolve
+from uipe_merge.errors import RecipeError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -166,6 +169,10 @@ class Plan(NamedTuple):
             for step in self.steps
         )
 
+    def alphas(self) -> dict[float, int]:
+        """Return how many tensors get each α, whether or not it makes them a copy."""
+        return Counter(step.alpha for step in self.steps if step.dtype.computes)
+
     def operations(self) -> dict[Operation, tuple[int, int]]:
         """Return ``(tensors, output bytes)`` by operation."""
         counts: dict[Operation, tuple[int, int]] = {}
@@ -229,18 +236,23 @@ def make_plan(
 
     Raises:
         UsageError: A tensor alone is larger than the largest shard asked for.
+        RecipeError: A rule or the layers of the recipe match nothing.
     """
+    alphas = resolve(recipe, list(pairing.pairs))
+    _refuse_untying(unlearned, alphas)
     added = [name for name in pairing.kept if name not in unlearned.tensors]
     drafts = [
         _kept(name, pairing.kept[name], recipe)
         if name in pairing.kept
-        else _draft(pairing, name, recipe)
+        else _draft(pairing, name, recipe, alphas[name])
         for name in [*unlearned.tensors, *added]
         if name in pairing.pairs or name in pairing.kept
     ]
     # What an adapter replaces lies in its own file, but belongs where the base has it.
     layout = {
-        name: pairing.pairs[name][0].file if spec.home.startswith(ADAPTER) else spec.file
+        name: pairing.pairs[name][0].file
+        if spec.home.startswith(ADAPTER) and name in pairing.pairs
+        else spec.file
         for name, spec in unlearned.tensors.items()
     }
     layout |= dict.fromkeys(added, max(layout.values()))  # what only the original has comes last
@@ -248,6 +260,17 @@ def make_plan(
     shards = [_place(name, group) for name, group in grouped]
     warnings = [*original.warnings, *unlearned.warnings, *pairing.warnings]
     return Plan(recipe, shards, original.shards, unlearned.shards, warnings)
+
+
+def _refuse_untying(unlearned: Checkpoint, alphas: Mapping[str, float]) -> None:
+    """Refuse two α for one parameter: a head that is stored beside the embedding it is tied to."""
+    head, embedding = tied_names(unlearned)
+    if head in alphas and embedding in alphas and alphas[head] != alphas[embedding]:
+        raise RecipeError(
+            f"'{head}' and '{embedding}' are tied, and α is {alphas[head]:g} and "
+            f"{alphas[embedding]:g}",
+            remedy="give both one α, or the loaded model would have either",
+        )
 
 
 def _kept(name: str, kept: Kept, recipe: Recipe) -> Step:
@@ -260,13 +283,13 @@ def _kept(name: str, kept: Kept, recipe: Recipe) -> Step:
     return Step(name, operation, recipe.alpha, spec, None, dtype, 0, nbytes, kept.from_original)
 
 
-def _draft(pairing: Pairing, name: str, recipe: Recipe) -> Step:
+def _draft(pairing: Pairing, name: str, recipe: Recipe, alpha: float) -> Step:
     """Decide the operation of one tensor; its place in the output is not known yet."""
     original, unlearned = pairing.pairs[name]
     dtype = unlearned.dtype
     if recipe.dtype != "auto" and dtype.name in CONVERTIBLE:
         dtype = OUTPUT_DTYPES[recipe.dtype]
-    from_original = recipe.alpha == -1 and not original.factors
+    from_original = alpha == -1 and not original.factors
     source = original if from_original else unlearned
     other: TensorSpec | None = None
     operation: Operation
@@ -274,13 +297,13 @@ def _draft(pairing: Pairing, name: str, recipe: Recipe) -> Step:
         operation = "copy" if from_original else "keep"
         other = None if from_original else original
         dtype = source.dtype
-    elif recipe.alpha in (0, -1) and not source.factors:
+    elif alpha in (0, -1) and not source.factors:
         stored = {piece.dtype for piece in source.pieces or (source,)}
         operation = "copy" if stored == {dtype} else "cast"
     else:
         operation, other = "extrapolate", original
     nbytes = source.elements * dtype.bits // 8
-    return Step(name, operation, recipe.alpha, source, other, dtype, 0, nbytes, from_original)
+    return Step(name, operation, alpha, source, other, dtype, 0, nbytes, from_original)
 
 
 def _layout(

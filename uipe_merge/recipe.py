@@ -22,15 +22,20 @@ class Recipe:
     """The merge θᵤ + α·(θᵤ − θ₀).
 
     Attributes:
-        alpha: The amplification α, dimensionless. 0 is the unlearned model, −1 the original.
+        alpha: The amplification α, dimensionless, of what no rule and no layer decides. 0 is
+            the unlearned model, −1 the original.
         dtype: ``auto`` (each tensor keeps the unlearned checkpoint's) or a key of
             ``OUTPUT_DTYPES``.
         max_shard_bytes: Largest output shard; ``None`` keeps the unlearned shard layout.
         on_mismatch: What becomes of tensors that the two do not have alike; see
             ``checkpoint.decisions``.
+        rules: ``(pattern, α)`` for tensors whose name matches the pattern, as in a shell; the
+            first that matches decides.
+        layers: ``(layer, α)`` by layer, linear between, constant outside.
+        gradient: α spread evenly from the first layer to the last, instead of ``layers``.
 
     Raises:
-        RecipeError: α is not a finite number.
+        RecipeError: An α is not a finite number, or the layers are in no order.
         NumericError: α is so large that θᵤ would be lost in the arithmetic.
         UsageError: The dtype or the shard size makes no sense.
     """
@@ -39,18 +44,22 @@ class Recipe:
     dtype: str = "auto"
     max_shard_bytes: int | None = None
     on_mismatch: Decision = "error"
+    rules: tuple[tuple[str, float], ...] = ()
+    layers: tuple[tuple[int, float], ...] = ()
+    gradient: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         """Check every field."""
-        if not math.isfinite(self.alpha):
+        for alpha in self.alphas:
+            _require_usable(alpha)
+        knots = [layer for layer, _ in self.layers]
+        if knots != sorted(set(knots)) or any(layer < 0 for layer in knots):
             raise RecipeError(
-                f"alpha is {self.alpha}", remedy="give a finite number, for example --alpha 2"
+                f"the layers {', '.join(map(str, knots))} are not in order, each once, from 0",
+                remedy="write them like 0=0,16=2,31=1",
             )
-        if abs(self.alpha) >= ALPHA_LIMIT:
-            raise NumericError(
-                f"alpha {self.alpha:g} is so large that nothing of the model would be left",
-                remedy=f"choose |alpha| below {ALPHA_LIMIT:g}; values up to 5 are usual",
-            )
+        if self.layers and self.gradient:
+            raise RecipeError("has both layers and a gradient", remedy="give one of them")
         if self.dtype != "auto" and self.dtype not in OUTPUT_DTYPES:
             raise UsageError(
                 f"unknown dtype '{self.dtype}'",
@@ -67,6 +76,35 @@ class Recipe:
                 remedy="give a size such as 5GB",
             )
 
+    @property
+    def alphas(self) -> list[float]:
+        """Every α that is named."""
+        named = [alpha for _, alpha in (*self.rules, *self.layers)]
+        return [self.alpha, *named, *self.gradient]
+
+    def rest(self) -> tuple[object, ...]:
+        """Return all but α."""
+        named = (self.dtype, self.max_shard_bytes, self.on_mismatch)
+        return (*named, self.rules, self.layers, self.gradient)
+
+    def words(self) -> list[str]:
+        """Return the options of the command line that say the same."""
+        words = ["--alpha", _exact(self.alpha)]
+        for pattern, alpha in self.rules:
+            words += ["--alpha-rule", f"{pattern}={_exact(alpha)}"]
+        if self.layers:
+            knots = (f"{layer}={_exact(alpha)}" for layer, alpha in self.layers)
+            words += ["--alpha-layers", ",".join(knots)]
+        if self.gradient:
+            words += ["--alpha-gradient", ",".join(map(_exact, self.gradient))]
+        if self.dtype != "auto":
+            words += ["--dtype", self.dtype]
+        if self.max_shard_bytes is not None:
+            words += ["--max-shard-size", str(self.max_shard_bytes)]
+        if self.on_mismatch != "error":
+            words += ["--on-mismatch", self.on_mismatch]
+        return words
+
     def canonical(self) -> dict[str, object]:
         """Return the recipe as plain values, α as an exact hexadecimal float."""
         return {
@@ -74,7 +112,68 @@ class Recipe:
             "dtype": self.dtype,
             "max_shard_bytes": self.max_shard_bytes,
             "on_mismatch": self.on_mismatch,
+            "rules": [[pattern, float(alpha).hex()] for pattern, alpha in self.rules],
+            "layers": [[layer, float(alpha).hex()] for layer, alpha in self.layers],
+            "gradient": [float(alpha).hex() for alpha in self.gradient],
         }
+
+
+def _exact(alpha: float) -> str:
+    return repr(float(alpha)).removesuffix(".0")
+
+
+def _require_usable(alpha: float) -> None:
+    if not math.isfinite(alpha):
+        raise RecipeError(f"alpha is {alpha}", remedy="give a finite number, for example --alpha 2")
+    if abs(alpha) >= ALPHA_LIMIT:
+        raise NumericError(
+            f"alpha {alpha:g} is so large that nothing of the model would be left",
+            remedy=f"choose |alpha| below {ALPHA_LIMIT:g}; values up to 5 are usual",
+        )
+
+
+def parse_rule(text: str) -> tuple[str, float]:
+    """Return pattern and α of ``PATTERN=ALPHA``.
+
+    Raises:
+        RecipeError: It has not that form.
+    """
+    pattern, _, alpha = text.rpartition("=")
+    try:
+        if pattern:
+            return pattern, float(alpha)
+    except ValueError:
+        pass
+    raise RecipeError(
+        f"the rule '{text}' is not PATTERN=ALPHA", remedy="write it like 'model.layers.*.mlp.*=3'"
+    )
+
+
+def parse_layers(text: str) -> tuple[tuple[int, float], ...]:
+    """Return the knots of ``0=0,16=2,31=1``.
+
+    Raises:
+        RecipeError: It has not that form.
+    """
+    try:
+        pairs = [knot.split("=") for knot in text.split(",")]
+        return tuple((int(layer), float(alpha)) for layer, alpha in pairs)
+    except ValueError:
+        raise RecipeError(
+            f"'{text}' is not LAYER=ALPHA,…", remedy="write it like 0=0,16=2,31=1"
+        ) from None
+
+
+def parse_gradient(text: str) -> tuple[float, ...]:
+    """Return the values of ``0,2,1``.
+
+    Raises:
+        RecipeError: It has not that form.
+    """
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise RecipeError(f"'{text}' is not ALPHA,ALPHA,…", remedy="write it like 0,2,1") from None
 
 
 def parse_size(text: str) -> int:

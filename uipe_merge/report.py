@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from operator import mul
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -77,11 +78,13 @@ class Summary:
     """A run over the whole model.
 
     Attributes:
-        alpha: The α asked for.
+        alpha: The α asked for; where it differs between tensors, their mean weighted by ‖v‖².
         tensors: ``(tensors, bytes)`` by operation.
         unchanged: Extrapolated tensors whose update is zero.
         total: Sums over the extrapolated tensors; ``None`` where there are none.
         elements: Elements of the extrapolated tensors; complex ones count twice.
+        spread: The smallest and the largest α, where they differ.
+        step: ‖s‖² of the step s that was asked for; by default ‖α·v‖².
     """
 
     alpha: float
@@ -89,6 +92,15 @@ class Summary:
     unchanged: int
     total: Sums | None
     elements: int
+    spread: tuple[float, float] | None = None
+    step: float | None = None
+
+    @property
+    def rounding_error(self) -> float | None:
+        """‖θ_out − θᵤ − s‖/‖s‖; ``None`` where the step is zero or nothing was extrapolated."""
+        if self.total is None or self.step is None:
+            return self.total and self.total.rounding_error(self.alpha)
+        return root(quotient(self.total.error, self.step))
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the lines of the closing table."""
@@ -99,12 +111,15 @@ class Summary:
             ("tensors copied", f"{carried:,}"),
         ]
         if self.total is not None:
-            alpha, error = self.total.effective_alpha, self.total.rounding_error(self.alpha)
+            alpha, error = self.total.effective_alpha, self.rounding_error
+            asked = f"{self.alpha:.4g}"
+            if self.spread is not None:
+                asked = f"{self.spread[0]:g} to {self.spread[1]:g}, {asked} on average"
             rows += [
                 ("‖v‖/‖θᵤ‖", "–" if self.total.ratio is None else f"{self.total.ratio:.3e}"),
                 (
                     "α asked / effective",
-                    f"{self.alpha:g} / " + ("–" if alpha is None else f"{alpha:.4g}"),
+                    f"{asked} / " + ("–" if alpha is None else f"{alpha:.4g}"),
                 ),
                 ("rounding error ‖θ−θᵤ−αv‖/‖αv‖", "–" if error is None else f"{error:.3g}"),
                 ("elements changed", f"{self.total.changed / max(self.elements, 1):.2%}"),
@@ -131,7 +146,7 @@ class Summary:
         return [
             (
                 f"rounding to the output dtype leaves an effective α of {effective:.4g} where "
-                f"{self.alpha:g} was asked for ({lost:.0%} of the elements did not change); write "
+                f"{self.alpha:.4g} was asked for ({lost:.0%} of the elements did not change); write "
                 "with --dtype float32 to keep the whole step"
             )
         ]
@@ -141,12 +156,13 @@ class Summary:
         total = self.total
         return {
             "alpha": self.alpha,
+            "alpha_spread": self.spread,
             "tensors": {name: {"count": n, "bytes": b} for name, (n, b) in self.tensors.items()},
             "unchanged": self.unchanged,
             "norm": total and total.norm,
             "ratio": total and total.ratio,
             "effective_alpha": total and total.effective_alpha,
-            "rounding_error": total and total.rounding_error(self.alpha),
+            "rounding_error": self.rounding_error,
             "share_changed": total and total.changed / max(self.elements, 1),
         }
 
@@ -174,22 +190,42 @@ class MergeReport:
     resumed: int = 0
 
 
-def summarise(steps: Iterable[Step], sums: Mapping[str, Sums | None]) -> Summary:
-    """Reduce the sums of every tensor to those of the model."""
+def summarise(steps: Iterable[Step], sums: Mapping[str, Sums | None], fallback: float) -> Summary:
+    """Reduce the sums of every tensor to those of the model.
+
+    Args:
+        steps: The plan.
+        sums: The sums by tensor.
+        fallback: The recipe's own α, where nothing was extrapolated.
+    """
     counts: dict[Operation, tuple[int, int]] = {}
     moved: list[Sums] = []
     unchanged = elements = 0
-    alpha = 0.0
+    alphas: list[float] = []
     for step in steps:
         tensors, nbytes = counts.get(step.operation, (0, 0))
         counts[step.operation] = (tensors + 1, nbytes + step.nbytes)
-        alpha = step.alpha
         values = sums[step.name]
         if step.operation == "extrapolate" and values is not None:
             moved.append(values)
+            alphas.append(step.alpha)
             elements += step.elements * step.dtype.lanes
             unchanged += values.update == 0
-    return Summary(alpha, counts, unchanged, add(moved) if moved else None, elements)
+    if len(set(alphas)) <= 1:
+        alpha = alphas[0] if alphas else fallback
+        return Summary(alpha, counts, unchanged, add(moved) if moved else None, elements)
+    total = add(moved)
+    updates = [values.update for values in moved]
+    mean = quotient(exact_sum(map(mul, alphas, updates)), total.update)
+    return Summary(
+        fallback if mean is None else mean,
+        counts,
+        unchanged,
+        total,
+        elements,
+        (min(alphas), max(alphas)),
+        exact_sum(alpha * alpha * update for alpha, update in zip(alphas, updates, strict=True)),
+    )
 
 
 def tensor_record(step: Step, values: Sums | None) -> dict[str, object]:

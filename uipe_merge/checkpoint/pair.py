@@ -230,6 +230,15 @@ def _tied(config: Mapping[str, object]) -> bool:
     return config.get("tie_word_embeddings") is True
 
 
+def tied_names(checkpoint: Checkpoint) -> tuple[str, str]:
+    """Return the stored head and the embedding it is tied to; empty where that is not so."""
+    heads = [name for name in checkpoint.tensors if _HEAD.search(name)]
+    embedding = _embedding(checkpoint.tensors)
+    if not _tied(checkpoint.config) or len(heads) != 1 or embedding is None:
+        return "", ""
+    return heads[0], embedding.name
+
+
 def _embedding(tensors: Mapping[str, TensorSpec]) -> TensorSpec | None:
     found = [spec for name, spec in tensors.items() if _EMBEDDING.search(name)]
     return found[0] if len(found) == 1 else None

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from uipe_merge.report import MergeReport
 
 
+_LISTED_ALPHAS = 5
+
+
 def merge(
     original: Annotated[
         str, typer.Argument(metavar="ORIGINAL", help="Directory of the original checkpoint θ₀.")
@@ -22,13 +25,34 @@ def merge(
     unlearned: Annotated[
         str, typer.Argument(metavar="UNLEARNED", help="Directory of the unlearned checkpoint θᵤ.")
     ],
+    output: Annotated[str, typer.Option("--output", "-o", help="Directory to make.")],
     alpha: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--alpha", "-a", help="α: 0 is the unlearned model, −1 the original, 2 adds 2·v."
         ),
-    ],
-    output: Annotated[str, typer.Option("--output", "-o", help="Directory to make.")],
+    ] = None,
+    alpha_rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=ALPHA", help="α of the tensors that match; the first rule decides."
+        ),
+    ] = None,
+    alpha_layers: Annotated[
+        str | None,
+        typer.Option(metavar="LAYER=ALPHA,…", help="α by layer, linear between: 0=0,16=2,31=1."),
+    ] = None,
+    alpha_gradient: Annotated[
+        str | None,
+        typer.Option(metavar="ALPHA,…", help="α spread from the first layer to the last."),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="All of it in a YAML, TOML or JSON file instead."),
+    ] = None,
+    print_recipe: Annotated[
+        bool, typer.Option("--print-recipe", help="Print the recipe as YAML and end.")
+    ] = False,
     dtype: Annotated[
         str, typer.Option(help="auto keeps each tensor's; or float32, bfloat16, float16.")
     ] = "auto",
@@ -61,18 +85,26 @@ def merge(
     from uipe_merge import api, job
     from uipe_merge.executors import make_executor
     from uipe_merge.output.filesystem import LocalFileSystem
+    from uipe_merge.recipe import parse_gradient, parse_layers, parse_rule
+    from uipe_merge.recipe_file import write_recipe
 
     out = Output(quiet=quiet, verbose=verbose, as_json=as_json)
-    prepared = api.plan(
-        original,
-        unlearned,
-        output,
+    asked = api.make_recipe(
         alpha=alpha,
+        alpha_rules=tuple(map(parse_rule, alpha_rule or ())),
+        alpha_layers=() if alpha_layers is None else parse_layers(alpha_layers),
+        alpha_gradient=() if alpha_gradient is None else parse_gradient(alpha_gradient),
         dtype=dtype,
         max_shard_size=max_shard_size,
         on_mismatch=on_mismatch,
-        overwrite=overwrite,
-        allow_pickle=allow_pickle,
+        recipe=recipe,
+    )
+    if print_recipe:
+        for line in write_recipe(asked).splitlines():
+            out.line(line)
+        return
+    prepared = job.prepare(
+        original, unlearned, output, asked, overwrite=overwrite, allow_pickle=allow_pickle
     )
     executor = make_executor(threads)
     if dry_run:
@@ -94,6 +126,9 @@ def _show_plan(out: Output, job: Job, threads: int) -> None:
                     name: {"tensors": count, "bytes": nbytes}
                     for name, (count, nbytes) in operations.items()
                 },
+                "alphas": [
+                    {"alpha": alpha, "tensors": count} for alpha, count in plan.alphas().items()
+                ],
                 "shards": len(plan.shards),
                 "read_bytes": plan.read_bytes,
                 "write_bytes": plan.write_bytes,
@@ -113,6 +148,7 @@ def _show_plan(out: Output, job: Job, threads: int) -> None:
     out.line("")
     free = "unknown" if job.space.free is None else size(job.space.free)
     rows = [
+        ("α", _alphas(plan.alphas())),
         ("output", f"{job.output} ({len(plan.shards)} shards, {len(job.sidecars)} other files)"),
         ("read", size(plan.read_bytes)),
         ("write", size(plan.write_bytes)),
@@ -137,6 +173,15 @@ def _show_plan(out: Output, job: Job, threads: int) -> None:
             ],
         )
     out.warn(plan.warnings)
+
+
+def _alphas(counts: dict[float, int]) -> str:
+    """Say which α how many tensors get: all values, or their range."""
+    if len(counts) == 1:
+        return number(next(iter(counts)), "g")
+    if len(counts) > _LISTED_ALPHAS:
+        return f"{min(counts):g} to {max(counts):g}, {len(counts)} values; -v lists them"
+    return ", ".join(f"{alpha:g} for {count:,}" for alpha, count in sorted(counts.items()))
 
 
 def _show_report(out: Output, report: MergeReport) -> None:
