@@ -57,7 +57,12 @@ def test_recipe_cannot_change() -> None:
 )
 def test_canonical_alpha_is_exact(alpha: float, text: str) -> None:
     canonical = Recipe(alpha, "float16", 7).canonical()
-    assert canonical == {"alpha": text, "dtype": "float16", "max_shard_bytes": 7}
+    assert canonical == {
+        "alpha": text,
+        "dtype": "float16",
+        "max_shard_bytes": 7,
+        "as": "model",
+    }
     assert float.fromhex(text) == alpha
 
 

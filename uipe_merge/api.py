@@ -27,6 +27,7 @@ def plan(
     alpha: float,
     dtype: str = "auto",
     max_shard_size: str | int | None = None,
+    as_: str = "model",
     overwrite: bool = False,
     allow_pickle: bool = False,
 ) -> Job:
@@ -39,7 +40,7 @@ def plan(
     from uipe_merge.recipe import Recipe, parse_size
 
     limit = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
-    recipe = Recipe(float(alpha), dtype, limit)
+    recipe = Recipe(float(alpha), dtype, limit, as_)
     return job.prepare(
         original, unlearned, output, recipe, overwrite=overwrite, allow_pickle=allow_pickle
     )
@@ -53,6 +54,7 @@ def merge(
     alpha: float,
     dtype: str = "auto",
     max_shard_size: str | int | None = None,
+    as_: str = "model",
     overwrite: bool = False,
     allow_pickle: bool = False,
     threads: int | None = None,
@@ -72,6 +74,8 @@ def merge(
             ``bfloat16`` or ``float16`` converts.
         max_shard_size: Largest output shard, in bytes or as ``5GB``; by default the shards
             of the unlearned checkpoint.
+        as_: ``model`` writes a whole model; ``adapter``, where ``unlearned`` is a LoRA adapter
+            on ``original``, an adapter on it with B scaled by 1 + α.
         overwrite: Replace a model that this tool wrote at ``output``.
         allow_pickle: Read ``pytorch_model*.bin`` where there is no safetensors file; nothing in
             the pickle is run.
@@ -96,6 +100,7 @@ def merge(
         alpha=alpha,
         dtype=dtype,
         max_shard_size=max_shard_size,
+        as_=as_,
         overwrite=overwrite,
         allow_pickle=allow_pickle,
     )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from uipe_merge.checkpoint.adapter import ADAPTER
 from uipe_merge.checkpoint.dtypes import CONVERTIBLE, OUTPUT_DTYPES, DType
-from uipe_merge.checkpoint.header import encode_header
+from uipe_merge.checkpoint.header import ZERO, encode_header
 from uipe_merge.checkpoint.index import encode_index
 from uipe_merge.checkpoint.model import SINGLE_NAME, Checkpoint, ShardInput
 from uipe_merge.errors import UsageError
@@ -160,10 +160,8 @@ class Plan(NamedTuple):
     @property
     def read_bytes(self) -> int:
         """Bytes of tensors read from both inputs."""
-        return sum(
-            step.source.nbytes + (step.original.nbytes if step.original else 0)
-            for step in self.steps
-        )
+        sides = ((step.source, step.original) for step in self.steps)
+        return sum(spec.nbytes for pair in sides for spec in pair if spec and spec.home != ZERO)
 
     def operations(self) -> dict[Operation, tuple[int, int]]:
         """Return ``(tensors, output bytes)`` by operation."""
@@ -229,21 +227,20 @@ def make_plan(
     Raises:
         UsageError: A tensor alone is larger than the largest shard asked for.
     """
-    drafts = [_draft(pairing, name, recipe) for name in unlearned.tensors]
+    drafts = [draft(name, *pairing.pairs[name], recipe) for name in unlearned.tensors]
     # What an adapter replaces lies in its own file, but belongs where the base has it.
     layout = {
         name: pairing.pairs[name][0].file if spec.home.startswith(ADAPTER) else spec.file
         for name, spec in unlearned.tensors.items()
     }
     grouped = list(_layout(drafts, layout, recipe.max_shard_bytes))
-    shards = [_place(name, group) for name, group in grouped]
+    shards = [placed(name, group) for name, group in grouped]
     warnings = [*original.warnings, *unlearned.warnings, *pairing.warnings]
     return Plan(recipe, shards, original.shards, unlearned.shards, warnings)
 
 
-def _draft(pairing: Pairing, name: str, recipe: Recipe) -> Step:
+def draft(name: str, original: TensorSpec, unlearned: TensorSpec, recipe: Recipe) -> Step:
     """Decide the operation of one tensor; its place in the output is not known yet."""
-    original, unlearned = pairing.pairs[name]
     dtype = unlearned.dtype
     if recipe.dtype != "auto" and dtype.name in CONVERTIBLE:
         dtype = OUTPUT_DTYPES[recipe.dtype]
@@ -304,7 +301,7 @@ def _output_name(file: str) -> str:
     return f"{file.removesuffix('.bin').replace('pytorch_model', 'model')}.safetensors"
 
 
-def _place(name: str, drafts: list[Step]) -> Shard:
+def placed(name: str, drafts: list[Step]) -> Shard:
     """Give every tensor of a shard its offset."""
     header = encode_header(
         (step.name, step.dtype, step.source.shape, step.nbytes) for step in drafts

@@ -12,6 +12,9 @@ from uipe_merge.errors import NumericError, RecipeError, UsageError
 ALPHA_LIMIT = 2.0**24
 """From here on θᵤ is smaller than the rounding of α·v in float32 and is lost in the sum."""
 
+FORMS = ("model", "adapter")
+"""What may be written: a whole model, or the adapter that makes it of the original."""
+
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -25,16 +28,18 @@ class Recipe:
         dtype: ``auto`` (each tensor keeps the unlearned checkpoint's) or a key of
             ``OUTPUT_DTYPES``.
         max_shard_bytes: Largest output shard; ``None`` keeps the unlearned shard layout.
+        form: One of ``FORMS``.
 
     Raises:
         RecipeError: α is not a finite number.
         NumericError: α is so large that θᵤ would be lost in the arithmetic.
-        UsageError: The dtype or the shard size makes no sense.
+        UsageError: The dtype, the shard size or the form makes no sense.
     """
 
     alpha: float
     dtype: str = "auto"
     max_shard_bytes: int | None = None
+    form: str = "model"
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -57,6 +62,14 @@ class Recipe:
                 f"a shard of {self.max_shard_bytes} bytes holds nothing",
                 remedy="give a size such as 5GB",
             )
+        if self.form not in FORMS:
+            raise UsageError(
+                f"cannot write '{self.form}'", remedy=f"choose one of {', '.join(FORMS)}"
+            )
+        if self.form == "adapter" and self.max_shard_bytes is not None:
+            raise UsageError(
+                "an adapter is one file, whatever its size", remedy="leave out --max-shard-size"
+            )
 
     def canonical(self) -> dict[str, object]:
         """Return the recipe as plain values, α as an exact hexadecimal float."""
@@ -64,6 +77,7 @@ class Recipe:
             "alpha": float(self.alpha).hex(),
             "dtype": self.dtype,
             "max_shard_bytes": self.max_shard_bytes,
+            "as": self.form,
         }
 
 

@@ -35,6 +35,9 @@ def merge(
         str | None,
         typer.Option(help="Such as 5GB. [default: the unlearned checkpoint's own shards]"),
     ] = None,
+    form: Annotated[
+        str, typer.Option("--as", help="model; or adapter, for a LoRA adapter as UNLEARNED.")
+    ] = "model",
     threads: Annotated[
         int | None, typer.Option(min=1, max=256, help="Threads. [default: two a core, at most 8]")
     ] = None,
@@ -65,6 +68,7 @@ def merge(
         alpha=alpha,
         dtype=dtype,
         max_shard_size=max_shard_size,
+        as_=form,
         overwrite=overwrite,
         allow_pickle=allow_pickle,
     )
