@@ -37,6 +37,7 @@ LAYERS: list[set[str]] = [
     {"executors"},
     {"output"},
     {"report"},
+    {"adapter_plan"},
     {"plan"},
     {"coefficients"},
     {"recipe_file"},

@@ -65,6 +65,7 @@ def test_canonical_alpha_is_exact(alpha: float, text: str) -> None:
         "rules": [],
         "layers": [],
         "gradient": [],
+        "as": "model",
     }
     assert float.fromhex(text) == alpha
 

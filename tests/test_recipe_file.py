@@ -70,6 +70,7 @@ alphas = st.floats(-100, 100)
         on_mismatch=st.sampled_from(["error", "common-rows"]),
         rules=st.lists(st.tuples(st.text(min_size=1, max_size=9), alphas), max_size=3).map(tuple),
         gradient=st.lists(alphas, max_size=4).map(tuple),
+        form=st.just("model"),
     )
 )
 def test_what_is_written_is_read_back_equal(recipe: Recipe) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from uipe_merge.inspection import Inspection
     from uipe_merge.job import Job
     from uipe_merge.progress import Progress
-    from uipe_merge.recipe import Recipe
+    from uipe_merge.recipe import Form, Recipe
     from uipe_merge.report import MergeReport
 
 PathLike = str | os.PathLike[str]
@@ -37,6 +37,7 @@ def plan(
     dtype: str = "auto",
     max_shard_size: str | int | None = None,
     on_mismatch: Decision = "error",
+    as_: Form = "model",
     recipe: Recipe | PathLike | None = None,
     overwrite: bool = False,
     allow_pickle: bool = False,
@@ -58,6 +59,7 @@ def plan(
         dtype=dtype,
         max_shard_size=max_shard_size,
         on_mismatch=on_mismatch,
+        as_=as_,
         recipe=recipe,
     )
     return job.prepare(
@@ -74,6 +76,7 @@ def make_recipe(
     dtype: str = "auto",
     max_shard_size: str | int | None = None,
     on_mismatch: Decision = "error",
+    as_: Form = "model",
     recipe: Recipe | PathLike | None = None,
 ) -> Recipe:
     """Return the recipe that the arguments of ``merge`` make, or the one that a file holds.
@@ -86,7 +89,7 @@ def make_recipe(
     from uipe_merge.recipe import Recipe, parse_size
 
     limit = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
-    rest = (dtype, limit, on_mismatch, alpha_rules, alpha_layers, alpha_gradient)
+    rest = (dtype, limit, on_mismatch, alpha_rules, alpha_layers, alpha_gradient, as_)
     if recipe is None:
         if alpha is None:
             raise UsageError(
@@ -114,6 +117,7 @@ def merge(
     dtype: str = "auto",
     max_shard_size: str | int | None = None,
     on_mismatch: Decision = "error",
+    as_: Form = "model",
     recipe: Recipe | PathLike | None = None,
     overwrite: bool = False,
     allow_pickle: bool = False,
@@ -142,6 +146,8 @@ def merge(
         on_mismatch: What becomes of tensors that are in one checkpoint only or have other
             shapes: ``error``, ``keep-unlearned``, ``keep-original``, or ``common-rows`` (the
             rows that both have are extrapolated, the others kept as they are).
+        as_: ``model`` writes a whole model; ``adapter``, where ``unlearned`` is a LoRA adapter
+            on ``original``, an adapter on it with B scaled by 1 + α.
         recipe: All of the above, from α on, as an object or in a file.
         overwrite: Replace a model that this tool wrote at ``output``.
         allow_pickle: Read ``pytorch_model*.bin`` where there is no safetensors file; nothing in
@@ -171,6 +177,7 @@ def merge(
         dtype=dtype,
         max_shard_size=max_shard_size,
         on_mismatch=on_mismatch,
+        as_=as_,
         recipe=recipe,
         overwrite=overwrite,
         allow_pickle=allow_pickle,

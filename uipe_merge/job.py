@@ -12,17 +12,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from uipe_merge._version import __version__
+from uipe_merge.adapter_plan import make_adapter_plan
+from uipe_merge.checkpoint.adapter import CONFIG_NAME
 from uipe_merge.checkpoint.decisions import following
 from uipe_merge.checkpoint.index import INDEX_NAME
 from uipe_merge.checkpoint.pair import match, refuse_swapped
 from uipe_merge.errors import CorruptInputError, NumericError, OutputError, listed
 from uipe_merge.opening import locations, open_folder, open_pair
 from uipe_merge.output import place
-from uipe_merge.output.card import CARD_NAME, base_models, card_metadata, encode_card
+from uipe_merge.output.card import CARD_NAME, base_models, card_metadata, encode_card, hub_id
 from uipe_merge.output.filesystem import LocalFileSystem, write_document
 from uipe_merge.output.lock import hold, tidy
 from uipe_merge.output.manifest import MANIFEST_NAME, FileRecord, encode_manifest, record_of
-from uipe_merge.output.sidecars import Edits, Sidecar, copy_sidecar, plan_sidecars
+from uipe_merge.output.sidecars import (
+    Edits,
+    Sidecar,
+    copy_sidecar,
+    plan_adapter_sidecars,
+    plan_sidecars,
+)
 from uipe_merge.output.staging import Staging
 from uipe_merge.plan import NUMERICS, Plan, make_plan
 from uipe_merge.report import MergeReport, Summary, Sums, summarise, tensor_record
@@ -39,6 +47,11 @@ if TYPE_CHECKING:
     from uipe_merge.recipe import Recipe
 
 PathLike = str | os.PathLike[str]
+
+_RULES = {
+    "model": "theta_u + alpha * (theta_u - theta_0)",
+    "adapter": "theta_0 + (1 + alpha) * c * B * A: B + alpha * (B - 0)",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +112,12 @@ def prepare(
         refuse_swapped(*pair, base_models(card_metadata(pair.original)))
         pairing = match(*pair, recipe.on_mismatch)
         pairing.require_match(*pair)
-        plan = make_plan(*pair, pairing, recipe)
-    sidecars = plan_sidecars(*pair)
+        planned = make_adapter_plan if recipe.form == "adapter" else make_plan
+        plan = planned(*pair, pairing, recipe)
+    if recipe.form == "adapter":
+        sidecars = plan_adapter_sidecars(pair.unlearned)
+    else:
+        sidecars = plan_sidecars(*pair)
     needed = plan.write_bytes + sum(sidecar.size for sidecar in sidecars)
     files = len(plan.shards) + len(sidecars) + 8  # index, card, manifest, journal, lock, …
     space = place.measure(target.parent, needed, files)
@@ -239,8 +256,9 @@ def _write_rest(
     recipe = plan.recipe
     edits = _edits(job)
     for sidecar in job.sidecars:
-        files[sidecar.name] = copy_sidecar(filesystem, sidecar, model, edits)
-    documents = {CARD_NAME: encode_card(*job.pair, job.command, summary)}
+        changed = edits.get(sidecar.name, Edits())
+        files[sidecar.name] = copy_sidecar(filesystem, sidecar, model, changed)
+    documents = {CARD_NAME: encode_card(*job.pair, job.command, summary, recipe.form)}
     if (index := plan.index_json()) is not None:
         documents[INDEX_NAME] = index
     for name, content in documents.items():
@@ -248,7 +266,7 @@ def _write_rest(
         files[name] = record_of(content)
     manifest = {
         "tool": {"name": "uipe-merge", "version": __version__, "numerics": NUMERICS},
-        "rule": "theta_u + alpha * (theta_u - theta_0)",
+        "rule": _RULES[recipe.form],
         "command": job.command,
         "recipe": {
             "alpha": recipe.alpha,
@@ -258,6 +276,7 @@ def _write_rest(
             "alpha_rules": [list(rule) for rule in recipe.rules],
             "alpha_layers": [list(knot) for knot in recipe.layers],
             "gradient": list(recipe.gradient),
+            "as": recipe.form,
         },
         "plan": plan.fingerprint(),
         "inputs": {
@@ -281,15 +300,22 @@ def _write_rest(
     write_document(filesystem, model / MANIFEST_NAME, encode_manifest(manifest, files))
 
 
-def _edits(job: Job) -> Edits:
-    """Return what the configuration must say other than the unlearned checkpoint's."""
-    stored, dtype = job.pair.unlearned.tensors, job.plan.recipe.dtype
+def _edits(job: Job) -> dict[str, Edits]:
+    """Return what a configuration must say other than the unlearned checkpoint's."""
+    original, unlearned = job.pair
+    if job.plan.recipe.form == "adapter" and unlearned.adapter is not None:
+        config = unlearned.adapter.config
+        fields: dict[str, object] = {} if config.get("inference_mode") else {"inference_mode": True}
+        if not config.get("base_model_name_or_path") and original.adapter is None:
+            fields["base_model_name_or_path"] = hub_id(original.location) or original.location
+        return {CONFIG_NAME: Edits(fields=fields)}
+    stored, dtype = unlearned.tensors, job.plan.recipe.dtype
     steps = [step for step in job.plan.steps if step.name in stored]
     changed = any(step.dtype != stored[step.name].dtype for step in steps)
-    fields: dict[str, object] = {}
+    fields = {}
     if job.plan.recipe.on_mismatch == "keep-original":
-        fields = following(job.pair.original.config, job.pair.unlearned.config)
-    return Edits(dtype if changed and dtype != "auto" else None, fields)
+        fields = following(original.config, unlearned.config)
+    return {"config.json": Edits(dtype if changed and dtype != "auto" else None, fields)}
 
 
 def _results(

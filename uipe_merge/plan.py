@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from uipe_merge.checkpoint.adapter import ADAPTER
 from uipe_merge.checkpoint.dtypes import CONVERTIBLE, OUTPUT_DTYPES, DType
-from uipe_merge.checkpoint.header import encode_header
+from uipe_merge.checkpoint.header import ZERO, encode_header
 from uipe_merge.checkpoint.index import encode_index
 from uipe_merge.checkpoint.model import SINGLE_NAME, Checkpoint, ShardInput
 from uipe_merge.checkpoint.pair import tied_names
@@ -164,10 +164,8 @@ class Plan(NamedTuple):
     @property
     def read_bytes(self) -> int:
         """Bytes of tensors read from both inputs."""
-        return sum(
-            step.source.nbytes + (step.original.nbytes if step.original else 0)
-            for step in self.steps
-        )
+        sides = ((step.source, step.original) for step in self.steps)
+        return sum(spec.nbytes for pair in sides for spec in pair if spec and spec.home != ZERO)
 
     def alphas(self) -> dict[float, int]:
         """Return how many tensors get each α, whether or not it makes them a copy."""
@@ -244,7 +242,7 @@ def make_plan(
     drafts = [
         _kept(name, pairing.kept[name], recipe)
         if name in pairing.kept
-        else _draft(pairing, name, recipe, alphas[name])
+        else draft(name, *pairing.pairs[name], recipe, alphas[name])
         for name in [*unlearned.tensors, *added]
         if name in pairing.pairs or name in pairing.kept
     ]
@@ -257,7 +255,7 @@ def make_plan(
     }
     layout |= dict.fromkeys(added, max(layout.values()))  # what only the original has comes last
     grouped = list(_layout(drafts, layout, recipe.max_shard_bytes))
-    shards = [_place(name, group) for name, group in grouped]
+    shards = [placed(name, group) for name, group in grouped]
     warnings = [*original.warnings, *unlearned.warnings, *pairing.warnings]
     return Plan(recipe, shards, original.shards, unlearned.shards, warnings)
 
@@ -283,9 +281,10 @@ def _kept(name: str, kept: Kept, recipe: Recipe) -> Step:
     return Step(name, operation, recipe.alpha, spec, None, dtype, 0, nbytes, kept.from_original)
 
 
-def _draft(pairing: Pairing, name: str, recipe: Recipe, alpha: float) -> Step:
+def draft(
+    name: str, original: TensorSpec, unlearned: TensorSpec, recipe: Recipe, alpha: float
+) -> Step:
     """Decide the operation of one tensor; its place in the output is not known yet."""
-    original, unlearned = pairing.pairs[name]
     dtype = unlearned.dtype
     if recipe.dtype != "auto" and dtype.name in CONVERTIBLE:
         dtype = OUTPUT_DTYPES[recipe.dtype]
@@ -347,7 +346,7 @@ def _output_name(file: str) -> str:
     return f"{file.removesuffix('.bin').replace('pytorch_model', 'model')}.safetensors"
 
 
-def _place(name: str, drafts: list[Step]) -> Shard:
+def placed(name: str, drafts: list[Step]) -> Shard:
     """Give every tensor of a shard its offset."""
     header = encode_header(
         (step.name, step.dtype, step.source.shape, step.nbytes) for step in drafts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from uipe_merge.aligned import allocate, placed
-from uipe_merge.checkpoint.header import OTHER
+from uipe_merge.checkpoint.header import OTHER, ZERO
 from uipe_merge.errors import CorruptInputError
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ class BlockReader:
         """
         size = spec.dtype.bits // 8
         view = placed(self._buffers[side], count * size, offset)
-        if count:
+        if spec.home == ZERO:
+            view[:] = bytes(len(view))
+        elif count:
             self._open(spec, side).read_into(view, spec.offset + start * size)
         return view
 

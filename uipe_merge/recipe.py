@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from uipe_merge.checkpoint.decisions import DECISIONS, Decision
 from uipe_merge.checkpoint.dtypes import OUTPUT_DTYPES
@@ -12,6 +13,10 @@ from uipe_merge.errors import NumericError, RecipeError, UsageError
 
 ALPHA_LIMIT = 2.0**24
 """From here on θᵤ is smaller than the rounding of α·v in float32 and is lost in the sum."""
+
+Form = Literal["model", "adapter"]
+FORMS: tuple[Form, ...] = get_args(Form)
+"""What may be written: a whole model, or the adapter that makes it of the original."""
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -33,11 +38,12 @@ class Recipe:
             first that matches decides.
         layers: ``(layer, α)`` by layer, linear between, constant outside.
         gradient: α spread evenly from the first layer to the last, instead of ``layers``.
+        form: One of ``FORMS``.
 
     Raises:
         RecipeError: An α is not a finite number, or the layers are in no order.
         NumericError: α is so large that θᵤ would be lost in the arithmetic.
-        UsageError: The dtype or the shard size makes no sense.
+        UsageError: The dtype, the shard size or the form makes no sense.
     """
 
     alpha: float
@@ -47,6 +53,7 @@ class Recipe:
     rules: tuple[tuple[str, float], ...] = ()
     layers: tuple[tuple[int, float], ...] = ()
     gradient: tuple[float, ...] = ()
+    form: Form = "model"
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -75,6 +82,14 @@ class Recipe:
                 f"a shard of {self.max_shard_bytes} bytes holds nothing",
                 remedy="give a size such as 5GB",
             )
+        if self.form not in FORMS:
+            raise UsageError(
+                f"cannot write '{self.form}'", remedy=f"choose one of {', '.join(FORMS)}"
+            )
+        if self.form == "adapter" and self.max_shard_bytes is not None:
+            raise UsageError(
+                "an adapter is one file, whatever its size", remedy="leave out --max-shard-size"
+            )
 
     @property
     def alphas(self) -> list[float]:
@@ -85,7 +100,7 @@ class Recipe:
     def rest(self) -> tuple[object, ...]:
         """Return all but α."""
         named = (self.dtype, self.max_shard_bytes, self.on_mismatch)
-        return (*named, self.rules, self.layers, self.gradient)
+        return (*named, self.rules, self.layers, self.gradient, self.form)
 
     def words(self) -> list[str]:
         """Return the options of the command line that say the same."""
@@ -103,6 +118,8 @@ class Recipe:
             words += ["--max-shard-size", str(self.max_shard_bytes)]
         if self.on_mismatch != "error":
             words += ["--on-mismatch", self.on_mismatch]
+        if self.form != "model":
+            words += ["--as", self.form]
         return words
 
     def canonical(self) -> dict[str, object]:
@@ -115,6 +132,7 @@ class Recipe:
             "rules": [[pattern, float(alpha).hex()] for pattern, alpha in self.rules],
             "layers": [[layer, float(alpha).hex()] for layer, alpha in self.layers],
             "gradient": [float(alpha).hex() for alpha in self.gradient],
+            "as": self.form,
         }
 
 

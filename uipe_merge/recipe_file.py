@@ -9,6 +9,7 @@
     dtype: auto
     max_shard_size: 5GB
     on_mismatch: error
+    as: model
 
 A key that is not known, given twice, or of another type is an error, as are aliases, tags and
 nesting that no recipe needs: nothing in the file is ever run or guessed at.
@@ -37,6 +38,7 @@ _KEYS = (
     "dtype",
     "max_shard_size",
     "on_mismatch",
+    "as",
 )
 
 
@@ -81,7 +83,7 @@ def write_recipe(recipe: Recipe) -> str:
         document["alpha_layers"] = dict(recipe.layers)
     if recipe.gradient:
         document["gradient"] = list(recipe.gradient)
-    document |= {"dtype": recipe.dtype, "on_mismatch": recipe.on_mismatch}
+    document |= {"dtype": recipe.dtype, "on_mismatch": recipe.on_mismatch, "as": recipe.form}
     if recipe.max_shard_bytes is not None:
         document["max_shard_size"] = recipe.max_shard_bytes
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
@@ -109,6 +111,7 @@ def _recipe(document: object) -> Recipe:
     if size is not None and (type(size) is not int or size <= 0):
         size = parse_size(_text(size, "max_shard_size"))
     decision: Any = _text(fields.get("on_mismatch", "error"), "on_mismatch")  # checked by Recipe
+    form: Any = _text(fields.get("as", "model"), "as")
     return Recipe(
         alpha=_number(fields["alpha"], "alpha"),
         dtype=_text(fields.get("dtype", "auto"), "dtype"),
@@ -117,6 +120,7 @@ def _recipe(document: object) -> Recipe:
         rules=tuple(rules),
         layers=tuple((_layer(key), _number(at, f"layer {key}")) for key, at in layers.items()),
         gradient=tuple(_number(alpha, "gradient") for alpha in gradient),
+        form=form,
     )
 
 

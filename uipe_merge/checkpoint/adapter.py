@@ -20,6 +20,7 @@ from uipe_merge.checkpoint.header import Factor, TensorSpec
 from uipe_merge.checkpoint.model import (
     PICKLED,
     SAFETENSORS,
+    Adapter,
     Checkpoint,
     Family,
     ShardInput,
@@ -36,7 +37,8 @@ CONFIG_NAME = "adapter_config.json"
 ADAPTER = "adapter"
 """What ``TensorSpec.home`` of an adapter's tensors begins with."""
 
-_FILES = (("adapter_model.safetensors", SAFETENSORS), ("adapter_model.bin", PICKLED))
+WEIGHTS_NAME = "adapter_model.safetensors"
+_FILES = ((WEIGHTS_NAME, SAFETENSORS), ("adapter_model.bin", PICKLED))
 _LARGEST_CONFIG = 2**22
 _HANDLED = frozenset(
     [
@@ -89,6 +91,7 @@ class _Config(NamedTuple):
     alphas: Mapping[str, float]
     transposed: bool
     base: str
+    document: dict[str, object]
 
     def scale(self, module: str) -> tuple[int, float]:
         """Return rank and c of one module."""
@@ -127,20 +130,24 @@ def open_adapter(folder: Folder, base: Checkpoint, *, allow_pickle: bool = False
         file.close()
     home = f"{ADAPTER}{len(base.folders)}"  # a base may have an adapter of its own
     stored = {spec.name: spec._replace(home=home) for spec in header.tensors}
-    tensors = _apply(folder.location, stored, base, config)
+    tensors, adapter = _apply(folder.location, stored, base, config)
     shard = ShardInput(file_name, file.stamp, header.sha256, home)
     own = [each._replace(home=each.home or "base") for each in base.shards]
     folders = {home: folder, **{home or "base": at for home, at in base.folders.items()}}
     warnings = _base_warning(folder, config.base, base)
-    return Checkpoint(folder, names, [*own, shard], tensors, base.config, warnings, folders)
+    return Checkpoint(
+        folder, names, [*own, shard], tensors, base.config, warnings, folders, adapter
+    )
 
 
 def _apply(
     location: str, stored: dict[str, TensorSpec], base: Checkpoint, config: _Config
-) -> dict[str, TensorSpec]:
+) -> tuple[dict[str, TensorSpec], Adapter]:
     """Give every tensor of the base its factors, or its replacement."""
     tensors = {name: spec._replace(home=spec.home or "base") for name, spec in base.tensors.items()}
     halves: dict[tuple[str, bool], dict[str, TensorSpec]] = {}
+    left: dict[str, str] = {}
+    replaced: dict[str, str] = {}
     unknown: list[str] = []
     for key, spec in stored.items():
         name = key.removeprefix(_PREFIX)
@@ -152,6 +159,7 @@ def _apply(
                 unknown.append(f"'{key}' replaces no tensor of the base")
             else:
                 tensors[target] = spec._replace(name=target)
+                replaced[key] = target
             continue
         if match["what"] == "magnitude_vector":
             raise IncompatibleModelsError(
@@ -171,13 +179,14 @@ def _apply(
             factor = _factor(where, module, pair, tensors[target], config, bias=bias)
             spec = tensors[target]
             tensors[target] = spec._replace(factors=(*spec.factors, factor))
+            left |= {half.name: target for what, half in pair.items() if what.endswith("B")}
     if unknown:
         raise IncompatibleModelsError(
             f"does not fit {base.location}: {listed(unknown)}",
             file=location,
             remedy="name the model that it was trained on as ORIGINAL",
         )
-    return tensors
+    return tensors, Adapter(stored, left, replaced, config.document)
 
 
 def _factor(
@@ -264,6 +273,7 @@ def _read_config(folder: Folder) -> _Config:
         alphas,
         bool(config.get("fan_in_fan_out")),
         str(config.get("base_model_name_or_path") or ""),
+        config,
     )
 
 

@@ -95,6 +95,9 @@ class TensorSpec(NamedTuple):
 OTHER = "other:"
 """Before the ``home`` of a tensor that belongs to the other checkpoint of a pair."""
 
+ZERO = "zero"
+"""The ``home`` of a tensor that is in no folder: every element is zero."""
+
 
 def joined(name: str, shape: tuple[int, ...], pieces: Iterable[TensorSpec]) -> TensorSpec:
     """Return a tensor whose elements are those of some others, one after the other."""

@@ -60,6 +60,23 @@ class ShardInput(NamedTuple):
     home: str = ""
 
 
+class Adapter(NamedTuple):
+    """What the files of an adapter hold, beside the model that it makes of its base.
+
+    Attributes:
+        stored: Its tensors by the names that it gives them, in the order of their bytes.
+        left: Those of them that the update grows with (every B, and the bias of a B), and the
+            tensors of the base that they change.
+        replaced: The tensors of the base that others of them take the place of.
+        config: Its config, as parsed.
+    """
+
+    stored: dict[str, TensorSpec]
+    left: dict[str, str]
+    replaced: dict[str, str]
+    config: dict[str, object]
+
+
 class Checkpoint(NamedTuple):
     """One model on disk.
 
@@ -72,6 +89,7 @@ class Checkpoint(NamedTuple):
         warnings: What is odd but harmless.
         folders: The folders its tensors are read from, by ``TensorSpec.home``: its own, and
             for an adapter that of its base.
+        adapter: The adapter that was applied last, if it was made with one.
     """
 
     folder: Folder
@@ -81,6 +99,7 @@ class Checkpoint(NamedTuple):
     config: dict[str, object]
     warnings: list[str]
     folders: dict[str, Folder]
+    adapter: Adapter | None = None
 
     @property
     def location(self) -> str:

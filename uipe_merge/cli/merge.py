@@ -9,6 +9,7 @@ import typer
 from uipe_merge import native
 from uipe_merge.checkpoint.decisions import Decision
 from uipe_merge.cli.console import Output, number, size
+from uipe_merge.recipe import Form
 
 if TYPE_CHECKING:
     from uipe_merge.job import Job
@@ -64,6 +65,9 @@ def merge(
         Decision,
         typer.Option(help="Tensors that one side lacks or has in another shape."),
     ] = "error",
+    form: Annotated[
+        Form, typer.Option("--as", help="model; or adapter, for a LoRA adapter as UNLEARNED.")
+    ] = "model",
     threads: Annotated[
         int | None, typer.Option(min=1, max=256, help="Threads. [default: two a core, at most 8]")
     ] = None,
@@ -97,6 +101,7 @@ def merge(
         dtype=dtype,
         max_shard_size=max_shard_size,
         on_mismatch=on_mismatch,
+        as_=form,
         recipe=recipe,
     )
     if print_recipe:

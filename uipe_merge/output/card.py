@@ -20,16 +20,27 @@ _LICENCE_FIELDS = ("license", "license_name", "license_link")
 _CARRIED_FIELDS = (*_LICENCE_FIELDS, "language")
 _BAD_VALUES = (ValueError, LookupError, AttributeError, RecursionError)  # of tags, from PyYAML
 _LARGEST_CARD = 2_000_000
+_MODEL_TEXT = """\
+θᵤ + α·(θᵤ − θ₀) with θ₀ = `{0}` and θᵤ = `{1}`: the unlearning update,
+lengthened (UIPE, arXiv 2503.04693). Made by"""
+_ADAPTER_TEXT = """\
+An adapter on θ₀ = `{0}`: θ₀ + (1 + α)·c·B·A with the factors of `{1}`, whose
+unlearning update is lengthened (UIPE, arXiv 2503.04693) by scaling B alone. In the numbers
+below v and θᵤ of a B are both B itself, so that their ratio is 1. Made by"""
 _CACHE = re.compile(r"models--(.+?)--(.+)")
+
+
+def hub_id(location: str) -> str | None:
+    """Return the Hub id that a path of the Hub's cache tells."""
+    for part in PurePath(location).parts:
+        if match := _CACHE.fullmatch(part):
+            return f"{match[1]}/{match[2]}"
+    return None
 
 
 def model_id(location: str) -> str:
     """Return the Hub id that a path of the Hub's cache tells, else the directory's name."""
-    path = PurePath(location)
-    for part in path.parts:
-        if match := _CACHE.fullmatch(part):
-            return f"{match[1]}/{match[2]}"
-    return path.name or location
+    return hub_id(location) or PurePath(location).name or location
 
 
 def card_metadata(checkpoint: Checkpoint) -> dict[str, object]:
@@ -60,9 +71,17 @@ def base_models(metadata: dict[str, object]) -> list[str]:
 
 
 def encode_card(
-    original: Checkpoint, unlearned: Checkpoint, command: str, summary: Summary
+    original: Checkpoint, unlearned: Checkpoint, command: str, summary: Summary, form: str = "model"
 ) -> bytes:
-    """Return the card: metadata for the Hub, one paragraph, the command, the numbers."""
+    """Return the card: metadata for the Hub, one paragraph, the command, the numbers.
+
+    Args:
+        original: θ₀.
+        unlearned: θᵤ.
+        command: What made the output.
+        summary: The numbers.
+        form: What the output is, as in the recipe.
+    """
     from huggingface_hub import ModelCardData
 
     ids = [model_id(original.location), model_id(unlearned.location)]
@@ -70,11 +89,12 @@ def encode_card(
     for checkpoint in (original, unlearned):
         metadata = card_metadata(checkpoint)
         fields |= {name: metadata[name] for name in _CARRIED_FIELDS if _plain(metadata.get(name))}
+    adapter = form == "adapter"
     fields |= {
-        "base_model": ids,
-        "base_model_relation": "merge",
-        "library_name": "transformers",
-        "tags": ["unlearning", "uipe", "merge"],
+        "base_model": ids[:1] if adapter else ids,
+        "base_model_relation": "adapter" if adapter else "merge",
+        "library_name": "peft" if adapter else "transformers",
+        "tags": ["unlearning", "uipe", "lora" if adapter else "merge"],
     }
     data = ModelCardData(**fields)
     lines = [
@@ -84,8 +104,7 @@ def encode_card(
         "",
         f"# {ids[1]}, extrapolated with α = {summary.alpha:g}",
         "",
-        f"θᵤ + α·(θᵤ − θ₀) with θ₀ = `{ids[0]}` and θᵤ = `{ids[1]}`: the unlearning update,",
-        "lengthened (UIPE, arXiv 2503.04693). Made by",
+        *(_ADAPTER_TEXT if adapter else _MODEL_TEXT).format(*ids).split("\n"),
         "",
         "```bash",
         command,

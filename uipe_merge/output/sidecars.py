@@ -1,4 +1,4 @@
-"""The files beside the weights: which are carried over, and the one that may change.
+"""The files beside the weights: which are carried over, and the one whose words may change.
 
 Everything of the unlearned checkpoint goes into the output verbatim (tokenizer, chat
 template, generation config, custom code as data that is never imported), and what it lacks
@@ -14,6 +14,7 @@ import json
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
+from uipe_merge.checkpoint.adapter import CONFIG_NAME
 from uipe_merge.output.card import CARD_NAME
 from uipe_merge.output.manifest import MANIFEST_NAME, FileRecord
 
@@ -45,7 +46,7 @@ _RESULTS = re.compile(r"(^|/)(\w+_(EVAL|SUMMARY)\.json|results_.*\.json|eval_log
 
 
 class Edits(NamedTuple):
-    """What ``config.json`` must say other than the checkpoint's, because the weights do.
+    """What a configuration must say other than the checkpoint's, because the weights do.
 
     Attributes:
         dtype: The output dtype; ``None`` where it is the checkpoint's.
@@ -75,18 +76,14 @@ class Sidecar(NamedTuple):
 
 
 def plan_sidecars(original: Checkpoint, unlearned: Checkpoint) -> list[Sidecar]:
-    """Choose the files, opening each once so that an unsafe one is refused now.
+    """Choose the files of a model, opening each once so that an unsafe one is refused now.
 
     Raises:
         UnsafeInputError: One is a link that leaves its checkpoint.
         CorruptInputError: One is not a regular file.
         OutputError: One may not be read.
     """
-    chosen = {
-        KEPT_CARD if name == CARD_NAME else name: (name, unlearned.folder)
-        for name in unlearned.names
-        if carried(name)
-    }
+    chosen = _own_files(unlearned)
     # An adapter lacks what its base has: its own files come first, then those of its folders.
     bases = [at for at in unlearned.folders.values() if at is not unlearned.folder]
     for folder in [*bases, *original.folders.values()]:
@@ -96,6 +93,28 @@ def plan_sidecars(original: Checkpoint, unlearned: Checkpoint) -> list[Sidecar]:
             clashes = name in directories or not chosen.keys().isdisjoint(_parents(name))
             if carried(name) and name != CARD_NAME and not clashes:
                 chosen.setdefault(name, (name, folder))
+    return _opened(chosen)
+
+
+def plan_adapter_sidecars(adapter: Checkpoint) -> list[Sidecar]:
+    """Choose the files of an adapter: its own and its config, none of its base.
+
+    Raises:
+        UipeMergeError: As for ``plan_sidecars``.
+    """
+    return _opened({**_own_files(adapter), CONFIG_NAME: (CONFIG_NAME, adapter.folder)})
+
+
+def _own_files(checkpoint: Checkpoint) -> dict[str, tuple[str, Folder]]:
+    """Return name and folder of what a checkpoint itself has to carry over, by target."""
+    return {
+        KEPT_CARD if name == CARD_NAME else name: (name, checkpoint.folder)
+        for name in checkpoint.names
+        if carried(name)
+    }
+
+
+def _opened(chosen: Mapping[str, tuple[str, Folder]]) -> list[Sidecar]:
     sidecars = []
     for target, (name, folder) in sorted(chosen.items()):
         file = folder.open_file(name)
@@ -124,7 +143,7 @@ def copy_sidecar(filesystem: FileSystem, sidecar: Sidecar, model: Path, edits: E
         filesystem: Where it is written.
         sidecar: The file.
         model: The directory of the output being built.
-        edits: What changes in ``config.json``; where there is nothing, it is copied verbatim.
+        edits: What changes in it; where there is nothing, it is copied verbatim.
     """
     directories = [model / parent for parent in _parents(sidecar.name)]
     for directory in directories:
@@ -135,7 +154,7 @@ def copy_sidecar(filesystem: FileSystem, sidecar: Sidecar, model: Path, edits: E
             _read(file, start, min(_PIECE, file.stamp.size - start))
             for start in range(0, file.stamp.size, _PIECE)
         )
-        if sidecar.name == "config.json" and any(edits):
+        if any(edits):
             pieces = [edited(b"".join(pieces), edits)]
         record = _write(filesystem, model / sidecar.name, pieces)
     finally:
@@ -146,7 +165,7 @@ def copy_sidecar(filesystem: FileSystem, sidecar: Sidecar, model: Path, edits: E
 
 
 def edited(config: bytes, edits: Edits) -> bytes:
-    """Return ``config.json`` with its dtype and some fields changed, and nothing else."""
+    """Return a configuration with its dtype and some fields changed, and nothing else."""
     dtype = edits.dtype
 
     def change(value: dict[str, object]) -> dict[str, object]:
