@@ -444,7 +444,7 @@ def test_hazard_dora_is_not_linear(tmp_path: Path) -> None:
 def test_options_that_make_no_sense(family: Family) -> None:
     refuse(family.root, 2, "one file", arguments=family.command(1, "--max-shard-size", "1GB"))
     arguments = (*family.command(), "--as", "delta")
-    refuse(family.root, 2, "'delta'", "model, adapter", arguments=arguments)
+    refuse(family.root, 2, "'delta'", "'model', 'adapter'", arguments=arguments)
 
 
 @pytest.mark.parametrize("half", ["lora_A", "lora_B"])

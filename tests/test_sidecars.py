@@ -207,8 +207,8 @@ def test_card_names_both_models_the_relation_the_licence_and_the_command(tmp_pat
         "tags": ["unlearning", "uipe", "merge"],
     }
     command = (
-        f"uipe-merge {tmp_path}/original {tmp_path}/unlearned --alpha 0 -o {tmp_path}/out "
-        "--max-shard-size 1000000000"
+        f"uipe-merge {tmp_path}/original {tmp_path}/unlearned --alpha 0 "
+        f"--max-shard-size 1000000000 -o {tmp_path}/out"
     )
     assert f"```bash\n{command}\n```" in text
     assert "arXiv 2503.04693" in text
