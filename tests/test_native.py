@@ -29,11 +29,16 @@ ODD = [0, 1, 7, 1023, 1024, 1025, 5000]  # around the chunk, and no multiple of 
 
 
 def run(
-    one: torch.Tensor, two: torch.Tensor, alpha: float, dtype: torch.dtype, cell: int = CELL
+    one: torch.Tensor,
+    two: torch.Tensor,
+    alpha: float,
+    dtype: torch.dtype,
+    cell: int = CELL,
+    chance: tuple[bool, int, int] = (False, 0, 0),
 ) -> tuple[torch.Tensor, list[tuple[float, ...]]]:
     out = bytearray(two.numel() * dtype.itemsize)
     sides = [item for side in (one, two) for item in (bits(side).tobytes(), LETTERS[side.dtype])]
-    moments = fused.extrapolate(*sides, out, LETTERS[dtype], alpha, cell)
+    moments = fused.extrapolate(*sides, out, LETTERS[dtype], alpha, cell, *chance)
     return torch.frombuffer(out or bytearray(8), dtype=dtype)[: two.numel()], moments
 
 
@@ -145,9 +150,9 @@ def test_what_does_not_fit_together_is_an_error() -> None:
         (two, b"B", two, b"B", two, b"B", 1.0, 0),
     ]:
         with pytest.raises(ValueError, match=r"elements|type"):
-            fused.extrapolate(*arguments)
+            fused.extrapolate(*arguments, False, 0, 0)
     with pytest.raises(TypeError, match="read-write"):
-        fused.extrapolate(two, b"B", two, b"B", memoryview(bytes(4)), b"B", 1.0, 1)
+        fused.extrapolate(two, b"B", two, b"B", memoryview(bytes(4)), b"B", 1.0, 1, False, 0, 0)
 
 
 def test_a_merge_without_it_writes_the_same_weights(

@@ -66,6 +66,8 @@ def test_canonical_alpha_is_exact(alpha: float, text: str) -> None:
         "layers": [],
         "gradient": [],
         "as": "model",
+        "rounding": "nearest",
+        "seed": 0,
     }
     assert float.fromhex(text) == alpha
 

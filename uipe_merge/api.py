@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from uipe_merge.inspection import Inspection
     from uipe_merge.job import Job
     from uipe_merge.progress import Progress
-    from uipe_merge.recipe import Form, Recipe
+    from uipe_merge.recipe import Form, Recipe, Rounding
     from uipe_merge.report import MergeReport
 
 PathLike = str | os.PathLike[str]
@@ -38,6 +38,8 @@ def plan(
     max_shard_size: str | int | None = None,
     on_mismatch: Decision = "error",
     as_: Form = "model",
+    rounding: Rounding = "nearest",
+    seed: int = 0,
     recipe: Recipe | PathLike | None = None,
     overwrite: bool = False,
     allow_pickle: bool = False,
@@ -60,6 +62,8 @@ def plan(
         max_shard_size=max_shard_size,
         on_mismatch=on_mismatch,
         as_=as_,
+        rounding=rounding,
+        seed=seed,
         recipe=recipe,
     )
     return job.prepare(
@@ -77,6 +81,8 @@ def make_recipe(
     max_shard_size: str | int | None = None,
     on_mismatch: Decision = "error",
     as_: Form = "model",
+    rounding: Rounding = "nearest",
+    seed: int = 0,
     recipe: Recipe | PathLike | None = None,
 ) -> Recipe:
     """Return the recipe that the arguments of ``merge`` make, or the one that a file holds.
@@ -89,7 +95,17 @@ def make_recipe(
     from uipe_merge.recipe import Recipe, parse_size
 
     limit = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
-    rest = (dtype, limit, on_mismatch, alpha_rules, alpha_layers, alpha_gradient, as_)
+    rest = (
+        dtype,
+        limit,
+        on_mismatch,
+        alpha_rules,
+        alpha_layers,
+        alpha_gradient,
+        as_,
+        rounding,
+        seed,
+    )
     if recipe is None:
         if alpha is None:
             raise UsageError(
@@ -118,6 +134,8 @@ def merge(
     max_shard_size: str | int | None = None,
     on_mismatch: Decision = "error",
     as_: Form = "model",
+    rounding: Rounding = "nearest",
+    seed: int = 0,
     recipe: Recipe | PathLike | None = None,
     overwrite: bool = False,
     allow_pickle: bool = False,
@@ -148,6 +166,10 @@ def merge(
             rows that both have are extrapolated, the others kept as they are).
         as_: ``model`` writes a whole model; ``adapter``, where ``unlearned`` is a LoRA adapter
             on ``original``, an adapter on it with B scaled by 1 + α.
+        rounding: ``nearest``, or ``stochastic``: up or down by chance, so that in a 16-bit output
+            the mean of many elements keeps the whole step. Copies and conversions, and outputs
+            of other types, are rounded to nearest all the same.
+        seed: Of that chance; the same seed gives the same bytes.
         recipe: All of the above, from α on, as an object or in a file.
         overwrite: Replace a model that this tool wrote at ``output``.
         allow_pickle: Read ``pytorch_model*.bin`` where there is no safetensors file; nothing in
@@ -178,6 +200,8 @@ def merge(
         max_shard_size=max_shard_size,
         on_mismatch=on_mismatch,
         as_=as_,
+        rounding=rounding,
+        seed=seed,
         recipe=recipe,
         overwrite=overwrite,
         allow_pickle=allow_pickle,

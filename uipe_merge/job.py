@@ -277,6 +277,8 @@ def _write_rest(
             "alpha_layers": [list(knot) for knot in recipe.layers],
             "gradient": list(recipe.gradient),
             "as": recipe.form,
+            "rounding": recipe.rounding,
+            "seed": recipe.seed,
         },
         "plan": plan.fingerprint(),
         "inputs": {

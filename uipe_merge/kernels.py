@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from uipe_merge.arithmetic.blocks import Cell, Moments, work_dtype
+from uipe_merge.arithmetic.noise import noise
 from uipe_merge.bits import same_bytes
 from uipe_merge.plan import CELL
 
@@ -60,8 +61,11 @@ class Kernels:
         unlearned: memoryview,
         out: memoryview,
         deltas: DeltaCells = no_deltas,
+        first: int = 0,
     ) -> Iterator[tuple[Moments, bool]]:
         """Fill ``out`` with θᵤ + α·v, cell by cell; the three hold the same elements.
+
+        ``first`` is the element of the tensor that they begin at.
 
         Yields the moments of each cell and whether they came out finite. Where they did not,
         they were summed again in float64, and the caller must find out whether a value, or
@@ -69,13 +73,16 @@ class Kernels:
         """
         cell = self._cell(step)
         for piece in pieces(step, original, unlearned, out, deltas):
+            at, count = first, len(piece.out)
+            first += count
             if piece.unchanged:
                 moments = cell.keep(piece.unlearned, piece.out)
                 if moments.finite():
                     yield moments, True
                     continue
             cell.load(piece.original, piece.unlearned, piece.deltas)
-            moments = cell.apply(step.alpha, piece.out)
+            chance = None if step.noise is None else noise(step.noise, at, count)
+            moments = cell.apply(step.alpha, piece.out, chance)
             if moments.finite():
                 yield moments, True
             else:

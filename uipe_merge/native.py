@@ -41,13 +41,13 @@ def suffices(plan: Plan) -> bool:
 
 
 def extrapolate(
-    step: Step, original: memoryview, unlearned: memoryview, out: memoryview
+    step: Step, original: memoryview, unlearned: memoryview, out: memoryview, first: int = 0
 ) -> list[tuple[float, ...]] | None:
     """Fill ``out`` with θᵤ + α·v; return the moments of each cell as in ``arithmetic.blocks``.
 
-    ``None`` if one of them is not finite; the content of ``out`` means nothing then.
+    ``first`` is the element of the tensor that the buffers begin at. ``None`` if one of them is not finite; the content of ``out`` means nothing then.
     """
-    found = _run(step, original, unlearned, out, step.alpha)
+    found = _run(step, original, unlearned, out, first)
     return found and [moments[:5] for moments in found]
 
 
@@ -64,7 +64,7 @@ def measure(
     """
     tried = []
     for alpha in alphas:
-        found = _run(step, original, unlearned, out, alpha)
+        found = _run(step._replace(alpha=alpha, noise=None), original, unlearned, out, 0)
         if found is None:
             return None
         tried.append(found)
@@ -76,11 +76,12 @@ def measure(
 
 
 def _run(
-    step: Step, original: memoryview, unlearned: memoryview, out: memoryview, alpha: float
+    step: Step, original: memoryview, unlearned: memoryview, out: memoryview, first: int
 ) -> list[tuple[float, ...]] | None:
     assert step.original is not None  # noqa: S101 - the plan gives it for this operation
-    first, second, third = (
+    one, two, three = (
         _TYPES[dtype.name] for dtype in (step.original.dtype, step.source.dtype, step.dtype)
     )
-    found = fused.extrapolate(original, first, unlearned, second, out, third, alpha, CELL)
+    chance = (step.noise is not None, step.noise or 0, first)
+    found = fused.extrapolate(original, one, unlearned, two, out, three, step.alpha, CELL, *chance)
     return found if all(math.isfinite(sum(moments)) for moments in found) else None

@@ -50,6 +50,8 @@ BLOCK = 8 * CELL
 NUMERICS = 1
 """Version of the arithmetic; raised when the bytes it produces change."""
 
+_BY_CHANCE = ("BF16", "F16")
+
 _BASE_MEMORY = 60_000_000  # the interpreter and what it imports, measured
 _TORCH_MEMORY = 190_000_000  # what importing torch adds
 _NAME_MEMORY = 1_500  # bytes a planned tensor holds, measured on 100 k tensors
@@ -68,6 +70,7 @@ class Step(NamedTuple):
         offset: Position of its first byte in the output shard.
         nbytes: Its length there.
         from_original: Whether ``source`` belongs to the original checkpoint.
+        noise: The key of the noise that rounds it by chance; ``None`` rounds to nearest.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Step(NamedTuple):
     offset: int
     nbytes: int
     from_original: bool
+    noise: int | None = None
 
     @property
     def elements(self) -> int:
@@ -204,7 +208,7 @@ class Plan(NamedTuple):
                 source, original = step.source, step.original
                 digest.update(
                     f"{step.operation} {step.alpha.hex()} {step.from_original} "
-                    f"{source[3:]} {original and original[3:]}\n".encode()
+                    f"{step.noise} {source[3:]} {original and original[3:]}\n".encode()
                 )
         return digest.hexdigest()
 
@@ -302,7 +306,16 @@ def draft(
     else:
         operation, other = "extrapolate", original
     nbytes = source.elements * dtype.bits // 8
-    return Step(name, operation, alpha, source, other, dtype, 0, nbytes, from_original)
+    noise: int | None = None
+    if recipe.rounding == "stochastic" and operation == "extrapolate" and dtype.name in _BY_CHANCE:
+        noise = _noise_key(recipe.seed, name)
+    return Step(name, operation, alpha, source, other, dtype, 0, nbytes, from_original, noise)
+
+
+def _noise_key(seed: int, name: str) -> int:
+    """Return the 64-bit key of one tensor's noise; see ``arithmetic.noise``."""
+    digest = hashlib.sha256(f"{seed}\0{name}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "little")
 
 
 def _layout(

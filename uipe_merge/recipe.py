@@ -18,6 +18,9 @@ Form = Literal["model", "adapter"]
 FORMS: tuple[Form, ...] = get_args(Form)
 """What may be written: a whole model, or the adapter that makes it of the original."""
 
+Rounding = Literal["nearest", "stochastic"]
+ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
+
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -39,6 +42,9 @@ class Recipe:
         layers: ``(layer, α)`` by layer, linear between, constant outside.
         gradient: α spread evenly from the first layer to the last, instead of ``layers``.
         form: One of ``FORMS``.
+        rounding: One of ``ROUNDINGS``: what becomes of the digits that a 16-bit output has no
+            room for.
+        seed: Of the noise that rounds by chance.
 
     Raises:
         RecipeError: An α is not a finite number, or the layers are in no order.
@@ -54,6 +60,8 @@ class Recipe:
     layers: tuple[tuple[int, float], ...] = ()
     gradient: tuple[float, ...] = ()
     form: Form = "model"
+    rounding: Rounding = "nearest"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -82,6 +90,10 @@ class Recipe:
                 f"a shard of {self.max_shard_bytes} bytes holds nothing",
                 remedy="give a size such as 5GB",
             )
+        if self.rounding not in ROUNDINGS:
+            raise UsageError(
+                f"cannot round '{self.rounding}'", remedy=f"choose one of {', '.join(ROUNDINGS)}"
+            )
         if self.form not in FORMS:
             raise UsageError(
                 f"cannot write '{self.form}'", remedy=f"choose one of {', '.join(FORMS)}"
@@ -100,7 +112,7 @@ class Recipe:
     def rest(self) -> tuple[object, ...]:
         """Return all but α."""
         named = (self.dtype, self.max_shard_bytes, self.on_mismatch)
-        return (*named, self.rules, self.layers, self.gradient, self.form)
+        return (*named, self.rules, self.layers, self.gradient, self.form, self.rounding, self.seed)
 
     def words(self) -> list[str]:
         """Return the options of the command line that say the same."""
@@ -120,6 +132,8 @@ class Recipe:
             words += ["--on-mismatch", self.on_mismatch]
         if self.form != "model":
             words += ["--as", self.form]
+        if self.rounding != "nearest":
+            words += ["--rounding", self.rounding, "--seed", str(self.seed)]
         return words
 
     def canonical(self) -> dict[str, object]:
@@ -133,6 +147,8 @@ class Recipe:
             "layers": [[layer, float(alpha).hex()] for layer, alpha in self.layers],
             "gradient": [float(alpha).hex() for alpha in self.gradient],
             "as": self.form,
+            "rounding": self.rounding,
+            "seed": self.seed,
         }
 
 

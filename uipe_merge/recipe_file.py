@@ -10,6 +10,7 @@
     max_shard_size: 5GB
     on_mismatch: error
     as: model
+    rounding: nearest           # or stochastic, with a seed
 
 A key that is not known, given twice, or of another type is an error, as are aliases, tags and
 nesting that no recipe needs: nothing in the file is ever run or guessed at.
@@ -39,6 +40,8 @@ _KEYS = (
     "max_shard_size",
     "on_mismatch",
     "as",
+    "rounding",
+    "seed",
 )
 
 
@@ -84,6 +87,7 @@ def write_recipe(recipe: Recipe) -> str:
     if recipe.gradient:
         document["gradient"] = list(recipe.gradient)
     document |= {"dtype": recipe.dtype, "on_mismatch": recipe.on_mismatch, "as": recipe.form}
+    document |= {"rounding": recipe.rounding, "seed": recipe.seed}
     if recipe.max_shard_bytes is not None:
         document["max_shard_size"] = recipe.max_shard_bytes
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
@@ -112,6 +116,10 @@ def _recipe(document: object) -> Recipe:
         size = parse_size(_text(size, "max_shard_size"))
     decision: Any = _text(fields.get("on_mismatch", "error"), "on_mismatch")  # checked by Recipe
     form: Any = _text(fields.get("as", "model"), "as")
+    rounding: Any = _text(fields.get("rounding", "nearest"), "rounding")
+    seed = fields.get("seed", 0)
+    if type(seed) is not int:
+        raise RecipeError(f"seed is {seed!r:.60}, not a whole number")
     return Recipe(
         alpha=_number(fields["alpha"], "alpha"),
         dtype=_text(fields.get("dtype", "auto"), "dtype"),
@@ -121,6 +129,8 @@ def _recipe(document: object) -> Recipe:
         layers=tuple((_layer(key), _number(at, f"layer {key}")) for key, at in layers.items()),
         gradient=tuple(_number(alpha, "gradient") for alpha in gradient),
         form=form,
+        rounding=rounding,
+        seed=seed,
     )
 
 

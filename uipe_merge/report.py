@@ -147,7 +147,8 @@ class Summary:
             (
                 f"rounding to the output dtype leaves an effective α of {effective:.4g} where "
                 f"{self.alpha:.4g} was asked for ({lost:.0%} of the elements did not change); write "
-                "with --dtype float32 to keep the whole step"
+                "with --dtype float32 to keep the whole step, or with --rounding stochastic to keep "
+                "it on average"
             )
         ]
 

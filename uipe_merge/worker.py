@@ -107,13 +107,15 @@ class MergeWorker:
         original = self._reader.read(step.original, 0, 0, block.elements)
         out = self._out_view(step, block)
         if native.covers(step):
-            found = native.extrapolate(step, original, unlearned, out)
+            found = native.extrapolate(step, original, unlearned, out, block.start)
             if found is not None:
                 return out, found
         sums: list[tuple[float, ...]] = []
         kernels, deltas = self._arithmetic()
         cells = deltas.at(whole, block.start)
-        for moments, finite in kernels.extrapolate(step, original, unlearned, out, cells):
+        for moments, finite in kernels.extrapolate(
+            step, original, unlearned, out, cells, block.start
+        ):
             if not finite:
                 self._guard.explain(whole, kernels)
             sums.append(tuple(moments))

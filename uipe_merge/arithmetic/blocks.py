@@ -20,6 +20,9 @@ import torch
 _SATURATES = {torch.float8_e4m3fn: 464.0}
 """Types whose conversion clamps silently, and the magnitude from which it would."""
 
+_BY_CHANCE = {torch.bfloat16: (8, -126), torch.float16: (11, -14)}
+"""Digits and least exponent of the types that are rounded by chance where that is asked for."""
+
 _WIDE = frozenset({torch.float32, torch.float64})
 
 
@@ -53,6 +56,32 @@ def work_dtype(original: torch.dtype, unlearned: torch.dtype, out: torch.dtype) 
     """
     double = out in _WIDE or torch.float64 in (original, unlearned)
     return torch.float64 if double else torch.float32
+
+
+def by_chance(values: torch.Tensor, noise: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Round to a 16-bit type up or down, so that the mean is the value: E[result] = values.
+
+    A value between two neighbours of the type becomes the farther from zero with the share of
+    the way it has gone from the nearer one; one that the type holds stays. What rounding to
+    nearest would not make infinite becomes the largest number at most.
+
+    Args:
+        values: Shape ``(n,)``.
+        noise: Numbers in [0, 1), float64, the same shape.
+        dtype: ``torch.bfloat16`` or ``torch.float16``.
+
+    Returns:
+        Values of the type, in float64. Allocates.
+    """
+    digits, lowest = _BY_CHANCE[dtype]
+    wide = values.double()
+    magnitude = wide.abs()
+    _, exponent = torch.frexp(magnitude)
+    unit = torch.ldexp(torch.ones_like(wide), (exponent - 1).clamp(min=lowest) - (digits - 1))
+    rounded = torch.floor(magnitude / unit + noise).mul_(unit)
+    largest = torch.finfo(dtype).max
+    rounded[(rounded > largest) & (magnitude < largest + unit / 2)] = largest
+    return rounded.copysign_(wide)
 
 
 class Cell:
@@ -96,8 +125,10 @@ class Cell:
         out.copy_(unlearned)
         return Moments(0.0, float(torch.dot(wide, wide)), 0.0, 0.0, 0)
 
-    def apply(self, alpha: float, out: torch.Tensor) -> Moments:
+    def apply(self, alpha: float, out: torch.Tensor, noise: torch.Tensor | None = None) -> Moments:
         """Write θᵤ + α·v to ``out``, of shape ``(n,)`` and the output type, rounded once.
+
+        To nearest, or with ``noise`` (numbers in [0, 1), float64) by chance: see ``by_chance``.
 
         An element with v = 0 keeps θᵤ, the sign of zero included. If an input or a result is
         not finite, neither are the moments; the caller then looks for the place.
@@ -105,7 +136,7 @@ class Cell:
         wide, back, step, result = self._views
         self._backward_step(alpha)
         torch.sub(wide, step, out=result)
-        out.copy_(result)
+        out.copy_(result if noise is None else by_chance(result, noise, out.dtype))
         clamped = self._clamped(out.dtype)
         result.copy_(out)
         torch.sub(result, wide, out=result)

@@ -39,17 +39,22 @@ typedef float HalfSingles __attribute__((vector_size(VECTOR_BYTES / 2)));
 /* To nearest, ties to even, by carrying into the bits that stay. NaN may come out as anything:
  * it has shown in the moments by then, and the block is done again by blocks.py. */
 #define CARRIED(bits) ((Singles)(((bits) + 0x7fff + (((bits) >> 16) & 1)) & 0xffff0000u))
-#define TO_BF16(sum) CARRIED((SingleBits)(sum))
-#define TO_F32(sum) __builtin_convertvector(__builtin_convertvector(sum, HalfSingles), Doubles)
+#define TO_BF16(sum, at) CARRIED((SingleBits)(sum))
+#define TO_F32(sum, at)                                                                            \
+    __builtin_convertvector(__builtin_convertvector(sum, HalfSingles), Doubles)
+/* Up as often as the bits that go are a part of their unit: noise is uniform in 0 … 2¹⁶ − 1. */
+#define TO_BF16_BY_CHANCE(sum, at) ((Singles)(((SingleBits)(sum) + noise[at]) & 0xffff0000u))
 
 /* The update is formed with its sign turned, and so is the step, so that +0 stands where v = 0:
  * θᵤ − (+0) is θᵤ for either zero, where θᵤ + 0 would turn −0 into +0. */
 #define DEFINE_CHUNK(NAME, REAL, VECTOR, ROUNDED)                                                  \
     VECTORISED static void NAME(                                                                   \
         const VECTOR *restrict original, const VECTOR *restrict unlearned,                         \
-        VECTOR *restrict result, REAL size, int negative, Sums sums)                               \
+        VECTOR *restrict result, const SingleBits *restrict noise, REAL size, int negative,        \
+        Sums sums)                                                                                 \
     {                                                                                              \
         enum { WIDTH = VECTOR_BYTES / sizeof(REAL) };                                              \
+        (void)noise;                                                                               \
         VECTOR update[GROUPS] = {0}, square[GROUPS] = {0}, along[GROUPS] = {0};                    \
         VECTOR error[GROUPS] = {0};                                                                \
         VECTOR changed[GROUPS] = {0}, differing[GROUPS] = {0};                                     \
@@ -58,7 +63,7 @@ typedef float HalfSingles __attribute__((vector_size(VECTOR_BYTES / 2)));
                 VECTOR theta = unlearned[i + g];                                                   \
                 VECTOR back = original[i + g] - theta;                                             \
                 VECTOR step = negative ? 0 - back * size : back * size;                            \
-                VECTOR rounded = ROUNDED(theta - step);                                            \
+                VECTOR rounded = ROUNDED(theta - step, i + g);                                     \
                 VECTOR moved = rounded - theta;                                                    \
                 VECTOR missed = moved + step;                                                      \
                 result[i + g] = rounded;                                                           \
@@ -82,6 +87,7 @@ typedef float HalfSingles __attribute__((vector_size(VECTOR_BYTES / 2)));
     }
 
 DEFINE_CHUNK(chunk_in_float, float, Singles, TO_BF16)
+DEFINE_CHUNK(chunk_by_chance, float, Singles, TO_BF16_BY_CHANCE)
 DEFINE_CHUNK(chunk_in_double, double, Doubles, TO_F32)
 
 #define DEFINE_CONVERSION(NAME, FROM, TO, VALUE)                                                   \
@@ -96,6 +102,28 @@ DEFINE_CONVERSION(f32_to_bf16, uint32_t, uint16_t, from[i] >> 16)
 DEFINE_CONVERSION(f32_to_f64, float, double, from[i])
 DEFINE_CONVERSION(f64_to_f32, double, float, from[i])
 
+/* Noise of a tensor's elements from ``first``, 16 bits each, as noise.py defines it: SplitMix64
+ * (Steele, Lea, Flood 2014) of the tensor's key, a word for every four elements. */
+VECTORISED static void draw(uint64_t key, uint64_t first, uint32_t *restrict noise)
+{
+    uint64_t words[CHUNK / 4 + 1];
+    for (int i = 0; i < CHUNK / 4 + 1; i++) {
+        uint64_t word = key + (first / 4 + (uint64_t)i + 1) * 0x9e3779b97f4a7c15u;
+        word = (word ^ (word >> 30)) * 0xbf58476d1ce4e5b9u;
+        word = (word ^ (word >> 27)) * 0x94d049bb133111ebu;
+        words[i] = word ^ (word >> 31);
+    }
+    for (unsigned i = 0, at = first % 4; i < CHUNK; i++, at++)
+        noise[i] = (uint32_t)(words[at / 4] >> (16 * (at % 4))) & 0xffff;
+}
+
+/* What of an element's result is kept, and by which chance where it is not the nearest. */
+typedef struct {
+    double alpha;
+    int by_chance;
+    uint64_t key, first;
+} Rule;
+
 static const char *position(const Py_buffer *buffer, int type, size_t at)
 {
     return (const char *)buffer->buf + at * (type == BF16 ? 2 : 4);
@@ -104,8 +132,9 @@ static const char *position(const Py_buffer *buffer, int type, size_t at)
 /* The output is of 16 bits, the arithmetic in float32. */
 static void cell_in_float(
     const Py_buffer *original, int first, const Py_buffer *unlearned, int second, Py_buffer *out,
-    size_t start, size_t count, double alpha, Sums sums)
+    size_t start, size_t count, const Rule *rule, Sums sums)
 {
+    SingleBits noise[CHUNK * sizeof(uint32_t) / VECTOR_BYTES];
     Singles wide[3][CHUNK * sizeof(float) / VECTOR_BYTES];
     for (size_t at = start; at < start + count; at += CHUNK) {
         size_t some = start + count - at < CHUNK ? start + count - at : CHUNK;
@@ -120,7 +149,13 @@ static void cell_in_float(
             else
                 memcpy(wide[side], from, some * sizeof(float));
         }
-        chunk_in_float(wide[0], wide[1], wide[2], (float)fabs(alpha), alpha < 0, sums);
+        const float size = (float)fabs(rule->alpha);
+        if (rule->by_chance) {
+            draw(rule->key, rule->first + at, (void *)noise);
+            chunk_by_chance(wide[0], wide[1], wide[2], noise, size, rule->alpha < 0, sums);
+        } else {
+            chunk_in_float(wide[0], wide[1], wide[2], NULL, size, rule->alpha < 0, sums);
+        }
         f32_to_bf16((void *)wide[2], (void *)position(out, BF16, at), some);
     }
 }
@@ -128,7 +163,7 @@ static void cell_in_float(
 /* The output is float32, the arithmetic in float64. */
 static void cell_in_double(
     const Py_buffer *original, int first, const Py_buffer *unlearned, int second, Py_buffer *out,
-    size_t start, size_t count, double alpha, Sums sums)
+    size_t start, size_t count, const Rule *rule, Sums sums)
 {
     Doubles wide[3][CHUNK * sizeof(double) / VECTOR_BYTES];
     float narrow[CHUNK];
@@ -146,7 +181,8 @@ static void cell_in_double(
             }
             f32_to_f64(from, (void *)wide[side], some);
         }
-        chunk_in_double(wide[0], wide[1], wide[2], fabs(alpha), alpha < 0, sums);
+        chunk_in_double(
+            wide[0], wide[1], wide[2], NULL, fabs(rule->alpha), rule->alpha < 0, sums);
         f64_to_f32((void *)wide[2], (void *)position(out, F32, at), some);
     }
 }
@@ -165,7 +201,7 @@ static PyObject *moments(Sums sums)
 
 static PyObject *run(
     const Py_buffer *original, int first, const Py_buffer *unlearned, int second, Py_buffer *out,
-    int third, double alpha, Py_ssize_t cell)
+    int third, const Rule *rule, Py_ssize_t cell)
 {
     size_t elements = (size_t)out->len / (third == BF16 ? 2 : 4);
     size_t cells = (elements + (size_t)cell - 1) / (size_t)cell;
@@ -178,10 +214,10 @@ static PyObject *run(
         size_t count = elements - start < (size_t)cell ? elements - start : (size_t)cell;
         if (third == BF16)
             cell_in_float(
-                original, first, unlearned, second, out, start, count, alpha, sums[number]);
+                original, first, unlearned, second, out, start, count, rule, sums[number]);
         else
             cell_in_double(
-                original, first, unlearned, second, out, start, count, alpha, sums[number]);
+                original, first, unlearned, second, out, start, count, rule, sums[number]);
     }
     Py_END_ALLOW_THREADS
     PyObject *found = PyList_New((Py_ssize_t)cells);
@@ -206,12 +242,14 @@ static PyObject *extrapolate(PyObject *module, PyObject *arguments)
     (void)module;
     Py_buffer original, unlearned, out;
     char one, two, three;
-    double alpha;
+    Rule rule;
+    unsigned long long key, position_of_first;
     Py_ssize_t cell;
     if (!PyArg_ParseTuple(
-            arguments, "y*cy*cw*cdn:extrapolate", &original, &one, &unlearned, &two, &out,
-            &three, &alpha, &cell))
+            arguments, "y*cy*cw*cdnpKK:extrapolate", &original, &one, &unlearned, &two, &out,
+            &three, &rule.alpha, &cell, &rule.by_chance, &key, &position_of_first))
         return NULL;
+    rule.key = key, rule.first = position_of_first;
     PyObject *found = NULL;
     const int first = type_of(one), second = type_of(two), third = type_of(three);
     if (first < 0 || second < 0 || third < 0 || cell < 1)
@@ -220,7 +258,7 @@ static PyObject *extrapolate(PyObject *module, PyObject *arguments)
              || unlearned.len / (second == BF16 ? 2 : 4) != out.len / (third == BF16 ? 2 : 4))
         PyErr_SetString(PyExc_ValueError, "the three buffers hold different numbers of elements");
     else
-        found = run(&original, first, &unlearned, second, &out, third, alpha, cell);
+        found = run(&original, first, &unlearned, second, &out, third, &rule, cell);
     PyBuffer_Release(&original);
     PyBuffer_Release(&unlearned);
     PyBuffer_Release(&out);

@@ -9,7 +9,7 @@ import typer
 from uipe_merge import native
 from uipe_merge.checkpoint.decisions import Decision
 from uipe_merge.cli.console import Output, number, size
-from uipe_merge.recipe import Form
+from uipe_merge.recipe import Form, Rounding
 
 if TYPE_CHECKING:
     from uipe_merge.job import Job
@@ -68,6 +68,10 @@ def merge(
     form: Annotated[
         Form, typer.Option("--as", help="model; or adapter, for a LoRA adapter as UNLEARNED.")
     ] = "model",
+    rounding: Annotated[
+        Rounding, typer.Option(help="stochastic keeps small steps in 16 bits, on average.")
+    ] = "nearest",
+    seed: Annotated[int, typer.Option(help="Of stochastic rounding.")] = 0,
     threads: Annotated[
         int | None, typer.Option(min=1, max=256, help="Threads. [default: two a core, at most 8]")
     ] = None,
@@ -102,6 +106,8 @@ def merge(
         max_shard_size=max_shard_size,
         on_mismatch=on_mismatch,
         as_=form,
+        rounding=rounding,
+        seed=seed,
         recipe=recipe,
     )
     if print_recipe:
