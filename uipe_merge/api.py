@@ -29,6 +29,7 @@ def plan(
     max_shard_size: str | int | None = None,
     overwrite: bool = False,
     allow_pickle: bool = False,
+    dequantize: bool = False,
 ) -> Job:
     """Read headers and decide everything; write nothing. The arguments are ``merge``'s.
 
@@ -41,7 +42,13 @@ def plan(
     limit = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
     recipe = Recipe(float(alpha), dtype, limit)
     return job.prepare(
-        original, unlearned, output, recipe, overwrite=overwrite, allow_pickle=allow_pickle
+        original,
+        unlearned,
+        output,
+        recipe,
+        overwrite=overwrite,
+        allow_pickle=allow_pickle,
+        dequantize=dequantize,
     )
 
 
@@ -55,6 +62,7 @@ def merge(
     max_shard_size: str | int | None = None,
     overwrite: bool = False,
     allow_pickle: bool = False,
+    dequantize: bool = False,
     threads: int | None = None,
     progress: bool | Progress = True,
 ) -> MergeReport:
@@ -68,13 +76,15 @@ def merge(
         unlearned: Directory of the unlearned checkpoint θᵤ.
         output: Directory to make. It appears whole, at the very end.
         alpha: α, dimensionless: 0 gives the unlearned model, −1 the original.
-        dtype: ``auto`` keeps each tensor's dtype in the unlearned checkpoint; ``float32``,
-            ``bfloat16`` or ``float16`` converts.
+        dtype: ``auto`` keeps each tensor's dtype in the unlearned checkpoint (for FP8 with
+            scales, the one that its config.json says); ``float32``, ``bfloat16`` or
+            ``float16`` converts.
         max_shard_size: Largest output shard, in bytes or as ``5GB``; by default the shards
             of the unlearned checkpoint.
         overwrite: Replace a model that this tool wrote at ``output``.
         allow_pickle: Read ``pytorch_model*.bin`` where there is no safetensors file; nothing in
             the pickle is run.
+        dequantize: Take block-scaled FP8 checkpoints; the output is not quantised.
         threads: Threads; by default two a processor, at most 8. Changes no byte.
         progress: Show a tqdm bar; or an object to be told of the progress.
 
@@ -98,6 +108,7 @@ def merge(
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         allow_pickle=allow_pickle,
+        dequantize=dequantize,
     )
     return job.run(prepared, make_executor(threads), LocalFileSystem(), _watcher(progress))
 
@@ -109,6 +120,7 @@ def inspect(
     alphas: tuple[float, ...] | None = None,
     dtype: str = "auto",
     allow_pickle: bool = False,
+    dequantize: bool = False,
     threads: int | None = None,
     progress: bool | Progress = True,
 ) -> Inspection:
@@ -122,6 +134,7 @@ def inspect(
         alphas: The α whose rounding is tried; by default 0.1, 0.25, 0.5, 1 and 2.
         dtype: The output dtype the rounding is tried at, as for ``merge``.
         allow_pickle: As for ``merge``.
+        dequantize: As for ``merge``.
         threads: As for ``merge``.
         progress: As for ``merge``.
 
@@ -141,6 +154,7 @@ def inspect(
             make_executor(threads),
             watcher,
             allow_pickle=allow_pickle,
+            dequantize=dequantize,
         )
     finally:
         watcher.close()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from uipe_merge._version import __version__
 from uipe_merge.checkpoint.index import INDEX_NAME
 from uipe_merge.checkpoint.pair import match, refuse_swapped
+from uipe_merge.checkpoint.scaled import DEFAULT_DTYPE, said_dtype
 from uipe_merge.errors import CorruptInputError, NumericError, OutputError, listed
 from uipe_merge.opening import locations, open_folder, open_pair
 from uipe_merge.output import place
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from uipe_merge.checkpoint.model import Checkpoint
     from uipe_merge.executors import Executor
     from uipe_merge.output.filesystem import FileSystem
     from uipe_merge.output.journal import ShardRecord
@@ -76,6 +78,8 @@ class Job:
             words += ["--max-shard-size", str(recipe.max_shard_bytes)]
         if any(shard.name.endswith(".bin") for side in self.pair for shard in side.shards):
             words.append("--allow-pickle")
+        if any(_scaled(side) for side in self.pair):
+            words.append("--dequantize")
         return shlex.join(words)
 
 
@@ -87,6 +91,7 @@ def prepare(
     *,
     overwrite: bool = False,
     allow_pickle: bool = False,
+    dequantize: bool = False,
 ) -> Job:
     """Read headers and decide everything; write nothing.
 
@@ -99,7 +104,7 @@ def prepare(
         open_folder(path)  # before the output, so that a missing input is what is reported
     target = place.resolve(output, inputs)
     with _collector_paused():
-        pair = open_pair(original, unlearned, allow_pickle=allow_pickle)
+        pair = open_pair(original, unlearned, allow_pickle=allow_pickle, dequantize=dequantize)
         refuse_swapped(*pair, base_models(card_metadata(pair.original)))
         pairing = match(*pair)
         pairing.require_match(*pair)
@@ -283,9 +288,19 @@ def _write_rest(
 
 def _edits(job: Job) -> Edits:
     """Return what the configuration must say other than the unlearned checkpoint's."""
-    stored, dtype = job.pair.unlearned.tensors, job.plan.recipe.dtype
-    changed = any(step.dtype != stored[step.name].dtype for step in job.plan.steps)
-    return Edits(dtype if changed and dtype != "auto" else None)
+    unlearned, dtype = job.pair.unlearned, job.plan.recipe.dtype
+    kept = unlearned.tensors
+    changed = any(step.dtype != kept[step.name].kept_dtype for step in job.plan.steps)
+    if dtype == "auto" and _scaled(unlearned) and said_dtype(unlearned.config) is None:
+        dtype, changed = DEFAULT_DTYPE, True
+    # Where the checkpoint has no config.json, the original's is carried over.
+    config = unlearned.config or job.pair.original.config
+    removed = ("quantization_config",) if config.get("quantization_config") else ()
+    return Edits(dtype if changed and dtype != "auto" else None, removed=removed)
+
+
+def _scaled(checkpoint: Checkpoint) -> bool:
+    return any(spec.scales is not None for spec in checkpoint.tensors.values())
 
 
 def _results(

@@ -139,7 +139,7 @@ def _apply(
     location: str, stored: dict[str, TensorSpec], base: Checkpoint, config: _Config
 ) -> dict[str, TensorSpec]:
     """Give every tensor of the base its factors, or its replacement."""
-    tensors = {name: spec._replace(home=spec.home or "base") for name, spec in base.tensors.items()}
+    tensors = {name: spec.in_home(spec.home or "base") for name, spec in base.tensors.items()}
     halves: dict[tuple[str, bool], dict[str, TensorSpec]] = {}
     unknown: list[str] = []
     for key, spec in stored.items():

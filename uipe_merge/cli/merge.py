@@ -45,6 +45,10 @@ def merge(
         bool,
         typer.Option("--allow-pickle", help="Read pytorch_model*.bin; nothing in it is run."),
     ] = False,
+    dequantize: Annotated[
+        bool,
+        typer.Option("--dequantize", help="Take block-scaled FP8; the output is not quantised."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan; write nothing.")
     ] = False,
@@ -67,6 +71,7 @@ def merge(
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         allow_pickle=allow_pickle,
+        dequantize=dequantize,
     )
     executor = make_executor(threads)
     if dry_run:

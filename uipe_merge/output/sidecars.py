@@ -117,9 +117,7 @@ def carried(name: str) -> bool:
     )
 
 
-def copy_sidecar(
-    filesystem: FileSystem, sidecar: Sidecar, model: Path, edits: Edits
-) -> FileRecord:
+def copy_sidecar(filesystem: FileSystem, sidecar: Sidecar, model: Path, edits: Edits) -> FileRecord:
     """Write one sidecar durably into ``model`` and return its size and hash.
 
     Args:
@@ -164,7 +162,7 @@ def edited(config: bytes, edits: Edits) -> bytes:
     changed = change(document) if dtype is not None else document
     if dtype is not None and not {"dtype", "torch_dtype"} & changed.keys():
         changed["dtype"] = dtype
-    changed |= edits.fields
+    changed.update(edits.fields)
     for field in edits.removed:
         changed.pop(field, None)
     return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
