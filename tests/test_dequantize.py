@@ -1,117 +1,35 @@
 """Block-scaled FP8 with ``--dequantize``: held against float64 numpy, and against transformers."""
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cli_tools import refuse_merge
+from fp8 import (
+    FP8,
+    NAME,
+    SCALE,
+    SHAPES,
+    change,
+    config,
+    matrices,
+    merge,
+    quantised,
+    spread,
+    stored,
+    values_of,
+    write,
+    write_fp8_pair,
+)
 from helpers import CONFIG, assert_refused, contents, read_tensors, run_cli, run_here
 from helpers import write_checkpoint as write_any
 from reference import Array, rounded, spacing
 from test_families import PROMPT, load
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
-
-Stored = dict[str, torch.Tensor]
-
-FP8: dict[str, object] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
-NAME = "model.layers.0.mlp.down_proj.weight"
-SCALE = NAME + "_scale_inv"
-SHAPES = {
-    NAME: (256, 384),
-    "model.layers.0.mlp.up_proj.weight": (300, 130),  # no multiples of the block
-    "model.layers.1.mlp.up_proj.weight": (5, 140_000),  # a row longer than a cell
-    "model.layers.1.mlp.down_proj.weight": (2050, 515),  # more than one block of the engine
-    "model.layers.1.mlp.gate_proj.weight": (7, 3),  # one scale
-}
-
-
-def config(fields: Mapping[str, object]) -> dict[str, object]:
-    return {**CONFIG, "torch_dtype": "bfloat16", "quantization_config": {**FP8, **fields}}
-
-
-def quantised(
-    values: Array, block: tuple[int, int] = (128, 128), dtype: torch.dtype = torch.float32
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A matrix as FP8 and its scales: the largest of each block becomes 448."""
-    rows, columns = values.shape
-    grid = -(-rows // block[0]), -(-columns // block[1])
-    scales = np.zeros(grid)
-    for one in range(grid[0]):
-        for two in range(grid[1]):
-            part = values[one * block[0] :, two * block[1] :][: block[0], : block[1]]
-            scales[one, two] = np.abs(part).max() / 448
-    stored = torch.from_numpy(scales).to(dtype)
-    codes = values / np.maximum(spread(stored, values.shape, block), 1e-30)
-    return torch.from_numpy(np.clip(codes, -448, 448)).to(torch.float8_e4m3fn), stored
-
-
-def spread(
-    scales: torch.Tensor, shape: tuple[int, ...], block: tuple[int, int] = (128, 128)
-) -> Array:
-    """The scale of every element, found by its own row and column."""
-    rows, columns = np.indices(shape)
-    return np.asarray(scales.double().numpy()[rows // block[0], columns // block[1]])
-
-
-def values_of(tensors: Stored, name: str, block: tuple[int, int] = (128, 128)) -> Array:
-    """θ in float64: the stored values, times the scale of their block where there is one."""
-    values = np.asarray(tensors[name].double().numpy())
-    scales = tensors.get(f"{name}_scale_inv")
-    return values if scales is None else values * spread(scales, values.shape, block)
-
-
-def matrices(seed: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> dict[str, Array]:
-    rng = np.random.default_rng(seed)
-    return {
-        name: rng.normal(0, 0.02, shape) * 2.0 ** rng.integers(-4, 4, (shape[0], 1))
-        for name, shape in shapes.items()
-    }
-
-
-def stored(
-    values: Mapping[str, Array],
-    kind: str,
-    block: tuple[int, int] = (128, 128),
-    scales: torch.dtype = torch.float32,
-) -> Stored:
-    """The tensors of a checkpoint; a norm that is not quantised lies between them."""
-    tensors: Stored = {"model.norm.weight": torch.linspace(0, 1, 9).bfloat16()}
-    for name, matrix in values.items():
-        if kind == "bf16":
-            tensors[name] = torch.from_numpy(matrix).bfloat16()
-        else:
-            tensors[name], tensors[f"{name}_scale_inv"] = quantised(matrix, block, scales)
-    return tensors
-
-
-def write(path: Path, tensors: Stored, kind: str, shards: int = 1) -> Path:
-    settings = config({}) if kind == "fp8" else {**CONFIG, "dtype": "bfloat16"}
-    return write_any(path, tensors, shards=shards, config=settings)
-
-
-def write_fp8_pair(
-    root: Path, shapes: Mapping[str, tuple[int, ...]] | None = None
-) -> tuple[Stored, Stored]:
-    """A pair of two FP8 checkpoints, small if not told otherwise."""
-    shapes = shapes or {NAME: (256, 130)}
-    old = matrices(0, shapes)
-    new = {name: each + matrices(1, shapes)[name] * 0.1 for name, each in old.items()}
-    sides = stored(old, "fp8"), stored(new, "fp8")
-    for side, tensors in zip(("original", "unlearned"), sides, strict=True):
-        write(root / side, tensors, "fp8", shards=2)
-    return sides
-
-
-def change(root: Path, tensors: Stored, **fields: object) -> None:
-    """Write another unlearned checkpoint."""
-    shutil.rmtree(root / "unlearned")
-    write_any(root / "unlearned", tensors, config=config(fields))
 
 
 def check(out: torch.Tensor, old: Array, new: Array, alpha: float) -> None:
@@ -122,15 +40,6 @@ def check(out: torch.Tensor, old: Array, new: Array, alpha: float) -> None:
     largest = np.maximum.reduce([np.abs(new), np.abs(alpha * (new - old)), np.abs(exact)])
     assert (off <= spacing(largest, out.dtype)).all()
     assert np.count_nonzero(off) <= max(1, off.size * 1e-3), np.count_nonzero(off) / off.size
-
-
-def merge(root: Path, alpha: float, *more: object, output: str = "out") -> Path:
-    result = run_here(
-        *(root / "original", root / "unlearned", "--alpha", alpha, "-o", root / output),
-        *("--dequantize", *more),
-    )
-    assert result.code == 0, result
-    return root / output
 
 
 @pytest.fixture(scope="module", params=["fp8+fp8", "bf16+fp8", "fp8+bf16"])
@@ -361,134 +270,6 @@ def test_agrees_with_transformers_and_loads_there(tmp_path: Path) -> None:
     tokens = loaded.generate(PROMPT, do_sample=False, max_new_tokens=5, pad_token_id=0)
     assert tokens.shape[1] > PROMPT.shape[1]
     assert torch.isfinite(loaded(PROMPT).logits).all()
-
-
-def test_the_refusal_names_the_flag(tmp_path: Path) -> None:
-    _, new = write_fp8_pair(tmp_path)
-    refuse_merge(tmp_path, 5, "quantised with fp8", "add --dequantize")
-    for side in ("original", "unlearned"):  # no word of it in config.json
-        shutil.rmtree(tmp_path / side)
-        write_any(tmp_path / side, new)
-    refuse_merge(tmp_path, 5, SCALE, "block-scaled FP8", "add --dequantize")
-    merge(tmp_path, 1)
-
-
-def without(tensors: Stored, name: str) -> Stored:
-    return {key: tensor for key, tensor in tensors.items() if key != name}
-
-
-def test_hazard_scales_that_contradict_their_weights(tmp_path: Path) -> None:
-    _, new = write_fp8_pair(tmp_path)
-    flag = ("--dequantize",)
-    change(tmp_path, without(new, SCALE))
-    refuse_merge(tmp_path, 4, f"'{NAME}' is F8_E4M3 and has no '{SCALE}'", extra=flag)
-    change(tmp_path, without(new, NAME))
-    refuse_merge(tmp_path, 4, f"'{SCALE}' scales no tensor", extra=flag)
-    change(tmp_path, {**new, SCALE: torch.ones(2, 1)})
-    needs = "is [2, 1], [256, 130] needs [2, 2] of blocks of (128, 128)"
-    refuse_merge(tmp_path, 4, f"'{SCALE}' {needs}", extra=flag)
-    change(tmp_path, new, weight_block_size=[64, 128])
-    refuse_merge(tmp_path, 4, SCALE, "needs [4, 2] of blocks of (64, 128)", extra=flag)
-    change(tmp_path, new, weight_block_size=None)
-    refuse_merge(tmp_path, 4, SCALE, "[256, 130] needs one number", extra=flag)
-    vector = {"b.weight": new[NAME][0].clone(), "b.weight_scale_inv": torch.ones(2)}
-    change(tmp_path, {**new, **vector})
-    refuse_merge(tmp_path, 4, "'b.weight_scale_inv' is [2], [130] needs one number", extra=flag)
-
-
-def test_hazard_a_nested_quantisation(tmp_path: Path) -> None:
-    _, new = write_fp8_pair(tmp_path)
-    nested = {**CONFIG, "text_config": {"quantization_config": FP8}}
-    shutil.rmtree(tmp_path / "unlearned")
-    write_any(tmp_path / "unlearned", new, config=nested)
-    refuse_merge(tmp_path, 5, "config.json", "inside text_config", extra=("--dequantize",))
-
-
-@pytest.mark.parametrize("size", [[128], [0, 128], [128.0, 128], [True, 128], "128", 128, {}])
-def test_hazard_a_block_size_that_is_none(tmp_path: Path, size: object) -> None:
-    _, new = write_fp8_pair(tmp_path)
-    change(tmp_path, new, weight_block_size=size)
-    refuse_merge(tmp_path, 4, "config.json", "weight_block_size", extra=("--dequantize",))
-
-
-@pytest.mark.parametrize(
-    ("replaced", "dtype"),
-    [
-        (SCALE, torch.uint8),
-        (SCALE, torch.float64),
-        (NAME, torch.bfloat16),
-        (NAME, torch.float8_e5m2),
-        (NAME, torch.int8),
-    ],
-)
-def test_hazard_other_types(tmp_path: Path, replaced: str, dtype: torch.dtype) -> None:
-    _, new = write_fp8_pair(tmp_path)
-    change(tmp_path, {**new, replaced: new[replaced].float().to(dtype)})
-    refuse_merge(tmp_path, 5, replaced, "F8_E4M3", extra=("--dequantize",))
-
-
-@pytest.mark.parametrize(
-    ("method", "tensors"),
-    [
-        ("compressed-tensors", {"weight_scale": torch.ones(1)}),
-        ("bitsandbytes", {"weight.absmax": torch.ones(1).to(torch.uint8)}),
-        ("gptq", {"qweight": torch.ones(2, 2, dtype=torch.int32)}),
-        ("awq", {"qzeros": torch.ones(2, 2, dtype=torch.int32)}),
-        ("mxfp4", {"w_blocks": torch.ones(2).byte(), "w_scales": torch.ones(2).byte()}),
-        ("fbgemm_fp8", {}),
-        ("fp8", {"weight_scale": torch.ones(1)}),
-    ],
-)
-def test_hazard_other_formats_stay_refused(tmp_path: Path, method: str, tensors: Stored) -> None:
-    _, new = write_fp8_pair(tmp_path)
-    prefix = NAME.removesuffix("weight")
-    others = {prefix + name: tensor for name, tensor in tensors.items()}
-    change(tmp_path, {**new, **others}, quant_method=method)
-    said = "compressed-tensors" if method == "fp8" else f"quantised with {method}"
-    refuse_merge(tmp_path, 5, said, "`dequantize()`", extra=("--dequantize",))
-    if others:  # and by its tensors alone
-        write_any(tmp_path / "unlearned", {**without(without(new, SCALE), NAME), **others})
-        if "weight_scale" not in tensors:
-            refuse_merge(tmp_path, 5, prefix, "`dequantize()`", extra=("--dequantize",))
-
-
-def test_hazard_values_that_are_not_finite(tmp_path: Path) -> None:
-    _, new = write_fp8_pair(tmp_path)
-    for value in (float("nan"), float("inf")):
-        scales = new[SCALE].clone()
-        scales[1, 0] = value
-        change(tmp_path, {**new, SCALE: scales})
-        for command in ((), ("inspect",)):
-            output = () if command else ("--alpha", 1, "-o", tmp_path / "out")
-            result = run_here(
-                *(*command, tmp_path / "original", tmp_path / "unlearned", *output),
-                "--dequantize",
-            )
-            assert_refused(result, 7, SCALE, "1 values", "first at index 2")
-    codes = new[NAME].clone()
-    codes.view(torch.uint8)[3, 4] = 0x7F
-    change(tmp_path, {**new, NAME: codes})
-    arguments = (tmp_path / "original", tmp_path / "unlearned", "--alpha", 0, "--dequantize")
-    result = run_here(*arguments, "-o", tmp_path / "out")
-    assert_refused(result, 7, NAME, f"first at index {3 * 130 + 4}")
-    change(tmp_path, {**new, SCALE: torch.full((2, 2), 1e37)})
-    result = run_here(*arguments, "-o", tmp_path / "out")
-    assert_refused(result, 7, NAME, "do not fit into BF16")
-    assert not (tmp_path / "out").exists()
-
-
-def test_hazard_more_scales_than_a_block_of_the_engine_holds(tmp_path: Path) -> None:
-    codes, scales = torch.ones(1025, 1024).to(torch.float8_e4m3fn), torch.ones(1025, 1024)
-    for side in ("original", "unlearned"):
-        write_any(
-            tmp_path / side,
-            {NAME: codes, SCALE: scales},
-            config=config({"weight_block_size": [1, 1]}),
-        )
-        scales[1000, 5] = float("nan")
-    arguments = (tmp_path / "original", tmp_path / "unlearned", "--alpha", 1, "--dequantize")
-    result = run_here(*arguments, "-o", tmp_path / "out")
-    assert_refused(result, 7, SCALE, f"first at index {1000 * 1024 + 5}")
 
 
 def test_the_flag_changes_nothing_where_nothing_is_scaled(tmp_path: Path) -> None:
