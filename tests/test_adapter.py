@@ -183,6 +183,15 @@ def test_alpha_0_is_the_merged_adapter_and_minus_1_the_base(
         )
 
 
+def test_alpha_minus_1_is_the_original_with_its_adapter(tmp_path: Path, family: Path) -> None:
+    base, tuned, whole = family / "base", family / "tuned", tmp_path / "whole"
+    LlamaForCausalLM.from_pretrained(base).save_pretrained(whole)
+    result = run_here(f"{base}+{tuned}", whole, "--alpha", -1, "-o", tmp_path / "out")
+    assert result.code == 0, result.err
+    before, after = reference(LlamaForCausalLM, base, tuned), reference(LlamaForCausalLM, whole)
+    assert check(tmp_path / "out", before, after, -1.0) == 4
+
+
 def test_threads_and_shards_change_no_byte(tmp_path: Path, family: Path) -> None:
     base, tuned = family / "base", family / "tuned"
     outputs = []

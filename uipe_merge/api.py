@@ -43,6 +43,7 @@ def plan(
     recipe: Recipe | PathLike | None = None,
     overwrite: bool = False,
     allow_pickle: bool = False,
+    dequantize: bool = False,
 ) -> Job:
     """Read headers and decide everything; write nothing. The arguments are ``merge``'s.
 
@@ -67,7 +68,13 @@ def plan(
         recipe=recipe,
     )
     return job.prepare(
-        original, unlearned, output, asked, overwrite=overwrite, allow_pickle=allow_pickle
+        original,
+        unlearned,
+        output,
+        asked,
+        overwrite=overwrite,
+        allow_pickle=allow_pickle,
+        dequantize=dequantize,
     )
 
 
@@ -139,6 +146,7 @@ def merge(
     recipe: Recipe | PathLike | None = None,
     overwrite: bool = False,
     allow_pickle: bool = False,
+    dequantize: bool = False,
     threads: int | None = None,
     progress: bool | Progress = True,
 ) -> MergeReport:
@@ -157,8 +165,9 @@ def merge(
             first that matches decides.
         alpha_layers: α by layer, linear between the layers named and constant outside.
         alpha_gradient: Instead of layers: values spread evenly from the first to the last.
-        dtype: ``auto`` keeps each tensor's dtype in the unlearned checkpoint; ``float32``,
-            ``bfloat16`` or ``float16`` converts.
+        dtype: ``auto`` keeps each tensor's dtype in the unlearned checkpoint (for FP8 with
+            scales, the one that its config.json says); ``float32``, ``bfloat16`` or
+            ``float16`` converts.
         max_shard_size: Largest output shard, in bytes or as ``5GB``; by default the shards
             of the unlearned checkpoint.
         on_mismatch: What becomes of tensors that are in one checkpoint only or have other
@@ -174,6 +183,7 @@ def merge(
         overwrite: Replace a model that this tool wrote at ``output``.
         allow_pickle: Read ``pytorch_model*.bin`` where there is no safetensors file; nothing in
             the pickle is run.
+        dequantize: Take block-scaled FP8 checkpoints; the output is not quantised.
         threads: Threads; by default two a processor, at most 8. Changes no byte.
         progress: Show a tqdm bar; or an object to be told of the progress.
 
@@ -205,6 +215,7 @@ def merge(
         recipe=recipe,
         overwrite=overwrite,
         allow_pickle=allow_pickle,
+        dequantize=dequantize,
     )
     return job.run(prepared, make_executor(threads), LocalFileSystem(), _watcher(progress))
 
@@ -216,6 +227,7 @@ def inspect(
     alphas: tuple[float, ...] | None = None,
     dtype: str = "auto",
     allow_pickle: bool = False,
+    dequantize: bool = False,
     threads: int | None = None,
     progress: bool | Progress = True,
 ) -> Inspection:
@@ -229,6 +241,7 @@ def inspect(
         alphas: The α whose rounding is tried; by default 0.1, 0.25, 0.5, 1 and 2.
         dtype: The output dtype the rounding is tried at, as for ``merge``.
         allow_pickle: As for ``merge``.
+        dequantize: As for ``merge``.
         threads: As for ``merge``.
         progress: As for ``merge``.
 
@@ -248,6 +261,7 @@ def inspect(
             make_executor(threads),
             watcher,
             allow_pickle=allow_pickle,
+            dequantize=dequantize,
         )
     finally:
         watcher.close()

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from uipe_merge.kernels import Kernels
 
 
+_WIDEST = max(dtype.bits for dtype in DTYPES.values()) // 8
+
+
 class Guard:
     """The numeric guard of one thread."""
 
@@ -74,6 +77,7 @@ class Guard:
             for spec, side in list(tensors):
                 halves = [half for factor in spec.factors for half in (factor.left, factor.right)]
                 tensors += [(half, side) for half in halves if half is not None]
+                tensors += [(spec.scales.values, side)] if spec.scales is not None else []
             self._refuse_inputs(tensors)
             self._finite_inputs = step.name
 
@@ -103,7 +107,8 @@ class Guard:
             raise _overflow(shown(self._pair, step.source, side), step, count, largest)
 
     def _refuse_inputs(self, tensors: list[tuple[TensorSpec, int]]) -> None:
-        reader = BlockReader(self._pair, widest_input(self._plan), BLOCK)
+        # Factors and scales may be wider than any tensor.
+        reader = BlockReader(self._pair, _WIDEST, BLOCK)
         try:
             for spec, side in tensors:
                 found = combine(
@@ -126,15 +131,16 @@ def _not_finite(file: str, spec: TensorSpec, found: NonFinite) -> NumericError:
 
 
 def _overflow(file: str, step: Step, count: int, largest: float) -> NumericError:
-    remedies = ["choose a smaller alpha"] if step.operation == "extrapolate" else []
+    amplified = step.operation == "extrapolate" and step.alpha not in (0, -1)
+    remedies = ["choose a smaller alpha"] if amplified else []
     if step.dtype == DTYPES["F16"]:
         remedies.append("write with --dtype bfloat16 or float32")
-    elif step.dtype != step.source.dtype:
+    elif step.dtype != step.source.kept_dtype:
         remedies.append("keep the stored type with --dtype auto")
     return NumericError(
         f"{count} values do not fit into {step.dtype.name} at alpha {step.alpha:g}, the largest "
         f"at {largest:g}",
         file=file,
         tensor=step.name,
-        remedy=", or ".join(remedies),
+        remedy=", or ".join(remedies) or None,
     )

@@ -156,6 +156,7 @@ def inspect_pair(
     progress: Progress,
     *,
     allow_pickle: bool = False,
+    dequantize: bool = False,
 ) -> Inspection:
     """Stream both checkpoints once and measure every update.
 
@@ -167,12 +168,13 @@ def inspect_pair(
         executor: On what to run.
         progress: Told of every block.
         allow_pickle: Read ``pytorch_model*.bin`` where there is no safetensors file.
+        dequantize: Take block-scaled FP8 tensors with their scales.
 
     Raises:
         UipeMergeError: A checkpoint cannot be read, or has nothing in common with the other.
         NumericError: A value of an input is not finite.
     """
-    pair = open_pair(original, unlearned, allow_pickle=allow_pickle)
+    pair = open_pair(original, unlearned, allow_pickle=allow_pickle, dequantize=dequantize)
     pairing = match(*pair)
     if not pairing.pairs:
         pairing.require_match(*pair)

@@ -17,6 +17,7 @@ from uipe_merge.checkpoint.adapter import CONFIG_NAME
 from uipe_merge.checkpoint.decisions import following
 from uipe_merge.checkpoint.index import INDEX_NAME
 from uipe_merge.checkpoint.pair import match, refuse_swapped
+from uipe_merge.checkpoint.scaled import DEFAULT_DTYPE, said_dtype
 from uipe_merge.errors import CorruptInputError, NumericError, OutputError, listed
 from uipe_merge.opening import locations, open_folder, open_pair
 from uipe_merge.output import place
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from uipe_merge.checkpoint.model import Checkpoint
     from uipe_merge.executors import Executor
     from uipe_merge.output.filesystem import FileSystem
     from uipe_merge.output.journal import ShardRecord
@@ -85,6 +87,8 @@ class Job:
         words += [*self.plan.recipe.words(), "-o", self.named]
         if any(shard.name.endswith(".bin") for side in self.pair for shard in side.shards):
             words.append("--allow-pickle")
+        if any(_scaled(side) for side in self.pair):
+            words.append("--dequantize")
         return shlex.join(words)
 
 
@@ -96,6 +100,7 @@ def prepare(
     *,
     overwrite: bool = False,
     allow_pickle: bool = False,
+    dequantize: bool = False,
 ) -> Job:
     """Read headers and decide everything; write nothing.
 
@@ -108,7 +113,7 @@ def prepare(
         open_folder(path)  # before the output, so that a missing input is what is reported
     target = place.resolve(output, inputs)
     with _collector_paused():
-        pair = open_pair(original, unlearned, allow_pickle=allow_pickle)
+        pair = open_pair(original, unlearned, allow_pickle=allow_pickle, dequantize=dequantize)
         refuse_swapped(*pair, base_models(card_metadata(pair.original)))
         pairing = match(*pair, recipe.on_mismatch)
         pairing.require_match(*pair)
@@ -311,13 +316,23 @@ def _edits(job: Job) -> dict[str, Edits]:
         if not config.get("base_model_name_or_path") and original.adapter is None:
             fields["base_model_name_or_path"] = hub_id(original.location) or original.location
         return {CONFIG_NAME: Edits(fields=fields)}
-    stored, dtype = unlearned.tensors, job.plan.recipe.dtype
-    steps = [step for step in job.plan.steps if step.name in stored]
-    changed = any(step.dtype != stored[step.name].dtype for step in steps)
+    kept, dtype = unlearned.tensors, job.plan.recipe.dtype
+    steps = [step for step in job.plan.steps if step.name in kept]
+    changed = any(step.dtype != kept[step.name].kept_dtype for step in steps)
+    if dtype == "auto" and _scaled(unlearned) and said_dtype(unlearned.config) is None:
+        dtype, changed = DEFAULT_DTYPE, True
     fields = {}
     if job.plan.recipe.on_mismatch == "keep-original":
         fields = following(original.config, unlearned.config)
-    return {"config.json": Edits(dtype if changed and dtype != "auto" else None, fields)}
+    # Where the checkpoint has no config.json, the original's is carried over.
+    config = unlearned.config or original.config
+    removed = ("quantization_config",) if config.get("quantization_config") else ()
+    edits = Edits(dtype if changed and dtype != "auto" else None, fields, removed)
+    return {"config.json": edits}
+
+
+def _scaled(checkpoint: Checkpoint) -> bool:
+    return any(spec.scales is not None for spec in checkpoint.tensors.values())
 
 
 def _results(

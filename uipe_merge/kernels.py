@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from uipe_merge.arithmetic.blocks import Cell, Moments, work_dtype
+from uipe_merge.arithmetic.blocks import Cell, Change, Moments, work_dtype
 from uipe_merge.arithmetic.noise import noise
 from uipe_merge.bits import same_bytes
 from uipe_merge.plan import CELL
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from uipe_merge.plan import Step
 
 
-DeltaCells = Callable[[int, int], tuple[torch.Tensor | None, torch.Tensor | None]]
-"""Gives what adapters add to θ₀ and θᵤ, for ``count`` elements from ``start`` of a block."""
+DeltaCells = Callable[[int, int], tuple[Change | None, Change | None]]
+"""Gives what scales and adapters make of the values stored for θ₀ and θᵤ, for ``count`` elements
+from ``start`` of a block."""
 
 
 def no_deltas(_start: int, _count: int) -> tuple[None, None]:
-    """Say that no adapter adds anything."""
+    """Say that the stored values are θ₀ and θᵤ."""
     return None, None
 
 
@@ -36,14 +37,14 @@ class Piece(NamedTuple):
         unlearned: θᵤ, the same shape.
         out: Where the result goes, the same shape in the output type.
         unchanged: Whether θ₀ and θᵤ hold the same bytes and θᵤ is already of the output type.
-        deltas: What adapters add to θ₀ and to θᵤ.
+        deltas: What scales and adapters make of θ₀ and of θᵤ.
     """
 
     original: torch.Tensor
     unlearned: torch.Tensor
     out: torch.Tensor
     unchanged: bool
-    deltas: tuple[torch.Tensor | None, torch.Tensor | None]
+    deltas: tuple[Change | None, Change | None]
 
 
 class Kernels:
@@ -168,7 +169,7 @@ def pieces(
         return
     one, two, three = step.original.dtype, step.source.dtype, step.dtype
     first, second, result = _view(original, one), _view(unlearned, two), _view(out, three)
-    comparable = one == two == three and not (step.original.factors or step.source.factors)
+    comparable = one == two == three and step.original.plain and step.source.plain
     width = two.lane_bytes
     for start in range(0, len(result), CELL):
         part = slice(start, start + CELL)

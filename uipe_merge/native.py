@@ -28,7 +28,7 @@ def covers(step: Step) -> bool:
     """Tell whether ``extrapolate`` and ``measure`` can do a step."""
     if step.operation != "extrapolate" or not COMPILED:
         return False
-    if step.original is None or step.original.factors or step.source.factors:
+    if step.original is None or not (step.original.plain and step.source.plain):
         return False
     dtypes = (step.original.dtype, step.source.dtype, step.dtype)
     return all(dtype.name in _TYPES for dtype in dtypes)

@@ -45,7 +45,13 @@ def open_folder(location: str) -> Folder:
     return LocalFolder(location)
 
 
-def open_pair(original: PathLike, unlearned: PathLike, *, allow_pickle: bool = False) -> Pair:
+def open_pair(
+    original: PathLike,
+    unlearned: PathLike,
+    *,
+    allow_pickle: bool = False,
+    dequantize: bool = False,
+) -> Pair:
     """Open both checkpoints, sharing what their headers have in common.
 
     Raises:
@@ -53,13 +59,19 @@ def open_pair(original: PathLike, unlearned: PathLike, *, allow_pickle: bool = F
         UipeMergeError: A checkpoint cannot be read, with its exit code.
     """
     known: KnownHeaders = {}
-    first = _open(original, None, known, allow_pickle=allow_pickle)
-    second = _open(unlearned, first, known, allow_pickle=allow_pickle)
+    allowed = {"allow_pickle": allow_pickle, "dequantize": dequantize}
+    first = _open(original, None, known, **allowed)
+    second = _open(unlearned, first, known, **allowed)
     return Pair(first, second)
 
 
 def _open(
-    argument: PathLike, base: Checkpoint | None, known: KnownHeaders, *, allow_pickle: bool
+    argument: PathLike,
+    base: Checkpoint | None,
+    known: KnownHeaders,
+    *,
+    allow_pickle: bool,
+    dequantize: bool,
 ) -> Checkpoint:
     paths = locations(argument)
     folder = open_folder(paths[0])
@@ -71,7 +83,7 @@ def _open(
                 remedy="name the model it was trained on, or MODEL+ADAPTER for both",
             )
         return open_adapter(folder, base, allow_pickle=allow_pickle)
-    checkpoint = open_checkpoint(folder, known, allow_pickle=allow_pickle)
+    checkpoint = open_checkpoint(folder, known, allow_pickle=allow_pickle, dequantize=dequantize)
     if len(paths) == 1:
         return checkpoint
     return open_adapter(open_folder(paths[1]), checkpoint, allow_pickle=allow_pickle)

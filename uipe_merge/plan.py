@@ -185,11 +185,12 @@ class Plan(NamedTuple):
 
     def peak_memory(self, threads: int, *, torch: bool) -> int:
         """Return an upper estimate of the resident bytes of a run, with torch or without."""
-        widest = max((step.source.dtype.bits // 8 for step in self.steps), default=0)
+        widths = ((step.source.dtype.bits, step.dtype.bits) for step in self.steps)
+        widest = max((max(pair) // 8 for pair in widths), default=0)
         # Per thread: two input blocks, one output block, the cells of the arithmetic, and an
-        # adapter's factors with room for a wider type and a transposed copy.
+        # adapter's factors and scales with room for a wider type and a transposed copy.
         worker = (
-            3 * BLOCK * widest + 5 * CELL * 8 + 4 * max(map(_factor_bytes, self.steps), default=0)
+            3 * BLOCK * widest + 5 * CELL * 8 + 4 * max(map(_beside_bytes, self.steps), default=0)
         )
         tensors = sum(len(shard.steps) for shard in self.shards)
         base = _BASE_MEMORY + (_TORCH_MEMORY if torch else 0)
@@ -223,12 +224,17 @@ class Plan(NamedTuple):
         )
 
 
-def _factor_bytes(step: Step) -> int:
-    """Return the bytes of an adapter's factors for one tensor, widened to float32."""
-    sides = (step.source, step.original)
-    factors = [factor for side in sides if side is not None for factor in side.factors]
-    halves = [half for factor in factors for half in (factor.left, factor.right)]
-    return sum(4 * half.elements for half in halves if half is not None)
+def _beside_bytes(step: Step) -> int:
+    """Return the bytes of the factors and scales of one tensor, widened to float32."""
+    sides = [side for side in (step.source, step.original) if side is not None]
+    factors = [factor for side in sides for factor in side.factors]
+    tensors = [half for factor in factors for half in (factor.left, factor.right)]
+    counts = [tensor.elements for tensor in tensors if tensor is not None]
+    for side in sides:
+        if side.scales is not None:
+            # Scales are spread over the elements of a cell, in whole rows.
+            counts += [side.scales.values.elements, CELL + 2 * max(side.shape[-1:], default=1)]
+    return 4 * sum(counts)
 
 
 def make_plan(
@@ -289,10 +295,10 @@ def draft(
     name: str, original: TensorSpec, unlearned: TensorSpec, recipe: Recipe, alpha: float
 ) -> Step:
     """Decide the operation of one tensor; its place in the output is not known yet."""
-    dtype = unlearned.dtype
+    dtype = unlearned.kept_dtype
     if recipe.dtype != "auto" and dtype.name in CONVERTIBLE:
         dtype = OUTPUT_DTYPES[recipe.dtype]
-    from_original = alpha == -1 and not original.factors
+    from_original = alpha == -1 and original.plain
     source = original if from_original else unlearned
     other: TensorSpec | None = None
     operation: Operation
@@ -300,7 +306,7 @@ def draft(
         operation = "copy" if from_original else "keep"
         other = None if from_original else original
         dtype = source.dtype
-    elif alpha in (0, -1) and not source.factors:
+    elif (alpha == 0 or from_original) and source.plain:
         stored = {piece.dtype for piece in source.pieces or (source,)}
         operation = "copy" if stored == {dtype} else "cast"
     else:

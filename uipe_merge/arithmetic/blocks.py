@@ -48,6 +48,18 @@ class Moments(NamedTuple):
         return math.isfinite(self.update + self.unlearned + self.along + self.error)
 
 
+class Change(NamedTuple):
+    """What makes θ of stored values x: ``scale`` · x + ``delta``, both in the working type.
+
+    Attributes:
+        scale: One number for each element, or a single one; ``None`` for 1.
+        delta: One number for each element; ``None`` for 0.
+    """
+
+    scale: torch.Tensor | None
+    delta: torch.Tensor | None
+
+
 def work_dtype(original: torch.dtype, unlearned: torch.dtype, out: torch.dtype) -> torch.dtype:
     """Return the type the arithmetic is done in: one size wider than the output.
 
@@ -97,11 +109,11 @@ class Cell:
         self,
         original: torch.Tensor,
         unlearned: torch.Tensor,
-        deltas: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+        changes: tuple[Change | None, Change | None] = (None, None),
     ) -> None:
         """Widen θ₀ and θᵤ, both of shape ``(n,)``, and form the update.
 
-        ``deltas`` are what adapters add to the two, in the working type.
+        ``changes`` are what scales and adapters make of the two, after they are widened.
 
         ``apply`` may then be called for any number of α.
         """
@@ -110,9 +122,11 @@ class Cell:
         wide, back, _, _ = self._views
         wide.copy_(unlearned)
         back.copy_(original)
-        for buffer, delta in zip((back, wide), deltas, strict=True):
-            if delta is not None:
-                buffer.add_(delta)
+        for buffer, change in zip((back, wide), changes, strict=True):
+            if change is not None and change.scale is not None:
+                buffer.mul_(change.scale)
+            if change is not None and change.delta is not None:
+                buffer.add_(change.delta)
         # The update with its sign turned, θ₀ − θᵤ: see _backward_step.
         torch.sub(back, wide, out=back)
         self._update_square = float(torch.dot(back, back))

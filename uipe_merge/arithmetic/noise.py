@@ -30,7 +30,7 @@ def noise(key: int, first: int, count: int) -> torch.Tensor:
     for shift, factor in _MIX:
         word = (word ^ _shifted(word, shift)) * _signed(factor)
     word ^= _shifted(word, _LAST)
-    bits = ((word[:, None] >> _LANES) & 0xFFFF).reshape(-1)
+    bits: torch.Tensor = ((word[:, None] >> _LANES) & 0xFFFF).reshape(-1)
     skip = first - begin * lanes
     return bits[skip : skip + count].double().div_(2.0**16)
 
@@ -42,4 +42,4 @@ def _signed(word: int) -> int:
 
 def _shifted(word: torch.Tensor, by: int) -> torch.Tensor:
     """Shift right, filling with zeros and not with the sign."""
-    return (word >> by) & (2 ** (64 - by) - 1)
+    return torch.bitwise_and(word >> by, 2 ** (64 - by) - 1)

@@ -144,7 +144,7 @@ def _apply(
     location: str, stored: dict[str, TensorSpec], base: Checkpoint, config: _Config
 ) -> tuple[dict[str, TensorSpec], Adapter]:
     """Give every tensor of the base its factors, or its replacement."""
-    tensors = {name: spec._replace(home=spec.home or "base") for name, spec in base.tensors.items()}
+    tensors = {name: spec.in_home(spec.home or "base") for name, spec in base.tensors.items()}
     halves: dict[tuple[str, bool], dict[str, TensorSpec]] = {}
     left: dict[str, str] = {}
     replaced: dict[str, str] = {}

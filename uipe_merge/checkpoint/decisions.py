@@ -55,11 +55,11 @@ def decide(
 ) -> Outcome | None:
     """Decide about a tensor of which one side is missing or the two do not match.
 
-    Returns ``None`` where there is nothing to decide with: ``error``, or an adapter's factors
-    on a side that would have to be copied.
+    Returns ``None`` where there is nothing to decide with: ``error``, or a side that would have
+    to be copied and is not what is stored (an adapter's factors, the scales of FP8).
     """
     sides = [side for side in (original, unlearned) if side is not None]
-    if decision == "error" or any(side.factors for side in sides):
+    if decision == "error" or not all(side.plain for side in sides):
         return None
     if decision == "keep-original":
         kept = None if original is None else Kept(original, from_original=True)

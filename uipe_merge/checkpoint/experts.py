@@ -55,13 +55,13 @@ def relaid(original: Checkpoint, unlearned: Checkpoint) -> dict[str, TensorSpec]
     """Return the original's tensors under the names and in the layout of the unlearned.
 
     One of the two stores its experts one by one and the other fused. ``None`` where the table
-    of transformers does not relate them, or an adapter has changed them.
+    of transformers does not relate them, or they are not what is stored (adapters, FP8).
     """
     stored = layout(unlearned)
     fused = stored is not None and stored[0] == FUSED
     split = original if fused else unlearned
     slots, renamed = _table(split)
-    if not slots or any(spec.factors for spec in original.tensors.values()):
+    if not slots or not all(spec.plain for spec in original.tensors.values()):
         return None
     if fused:
         return _joined_experts(original.tensors, unlearned.tensors, slots, renamed)

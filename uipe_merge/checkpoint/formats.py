@@ -22,11 +22,17 @@ if TYPE_CHECKING:
 
     from uipe_merge.checkpoint.header import TensorSpec
 
+FP8 = "fp8"
+"""The ``quant_method`` of a block-scaled FP8 checkpoint."""
+
+SCALED = ".weight_scale_inv"
+"""What the names of such a checkpoint's scales end in."""
+
 _DCP_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _TRAINER_PICKLES = re.compile(r"(?:^|/)(?:training_args|optimizer|scheduler|rng_state.*|scaler)\.")
 _CODE_SUFFIXES = {
-    ".weight_scale_inv": "block-scaled FP8",
+    SCALED: "block-scaled FP8",
     ".weight_scale": "scaled FP8 or INT8 (compressed-tensors)",
     ".absmax": "bitsandbytes 4-bit",
     ".SCB": "bitsandbytes 8-bit",
@@ -36,6 +42,7 @@ _CODE_SUFFIXES = {
     "_blocks": "MXFP4",
 }
 _DEQUANTISE = "load it with transformers, `dequantize()` it and save it unquantised first"
+_FLAG = "add --dequantize to multiply its scales in while streaming"
 
 
 def refuse_shard_names(location: str, names: Iterable[str]) -> None:
@@ -93,9 +100,15 @@ def no_weights(location: str, names: list[str]) -> UipeMergeError:
 
 
 def refuse_quantised(
-    location: str, config: Mapping[str, object], tensors: Mapping[str, TensorSpec]
+    location: str,
+    config: Mapping[str, object],
+    tensors: Mapping[str, TensorSpec],
+    *,
+    dequantize: bool = False,
 ) -> None:
     """Refuse a quantised checkpoint, told by its config or by its tensors.
+
+    With ``dequantize`` block-scaled FP8 passes, which ``scaled`` takes care of.
 
     Raises:
         IncompatibleModelsError: It is one; the message names the format.
@@ -103,12 +116,13 @@ def refuse_quantised(
     quantisation = config.get("quantization_config")
     if isinstance(quantisation, dict) and quantisation:
         method = quantisation.get("quant_method", "an unnamed method")
-        raise IncompatibleModelsError(
-            f"is quantised with {method} (quantization_config in config.json)",
-            file=location,
-            remedy=_DEQUANTISE,
-        )
-    endings = tuple(_CODE_SUFFIXES)
+        if not (dequantize and method == FP8):
+            raise IncompatibleModelsError(
+                f"is quantised with {method} (quantization_config in config.json)",
+                file=location,
+                remedy=_FLAG if method == FP8 else _DEQUANTISE,
+            )
+    endings = tuple(suffix for suffix in _CODE_SUFFIXES if not (dequantize and suffix == SCALED))
     for name, spec in tensors.items():
         if name.endswith(endings):
             suffix = next(ending for ending in endings if name.endswith(ending))
@@ -117,7 +131,7 @@ def refuse_quantised(
                     f"marks a checkpoint quantised as {_CODE_SUFFIXES[suffix]}",
                     file=location,
                     tensor=name,
-                    remedy=_DEQUANTISE,
+                    remedy=_FLAG if suffix == SCALED else _DEQUANTISE,
                 )
         if spec.dtype.name in PACKED:
             raise IncompatibleModelsError(

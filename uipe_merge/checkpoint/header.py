@@ -56,6 +56,7 @@ class TensorSpec(NamedTuple):
         factors: Low-rank updates that an adapter adds to the stored values.
         pieces: For a tensor that is no tensor of a file, what its elements are, one piece
             after the other; ``file`` and ``offset`` are the first one's then.
+        scales: What the stored values are multiplied by, before factors are added.
     """
 
     name: str
@@ -67,6 +68,24 @@ class TensorSpec(NamedTuple):
     home: str = ""
     factors: tuple[Factor, ...] = ()
     pieces: tuple[TensorSpec, ...] = ()
+    scales: Scales | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether its values are the stored ones: nothing is multiplied in or added."""
+        return not self.factors and self.scales is None
+
+    @property
+    def kept_dtype(self) -> DType:
+        """The element type of its output where none is asked for."""
+        return self.dtype if self.scales is None else self.scales.dtype
+
+    def in_home(self, home: str) -> TensorSpec:
+        """Return it and its scales as tensors of another folder."""
+        scales = self.scales
+        if scales is not None:
+            scales = scales._replace(values=scales.values._replace(home=home))
+        return self._replace(home=home, scales=scales)
 
     @property
     def elements(self) -> int:
@@ -103,7 +122,8 @@ def joined(name: str, shape: tuple[int, ...], pieces: Iterable[TensorSpec]) -> T
     """Return a tensor whose elements are those of some others, one after the other."""
     parts = tuple(piece for piece in pieces if piece.nbytes)
     nbytes = sum(piece.nbytes for piece in parts)
-    return parts[0]._replace(name=name, shape=shape, nbytes=nbytes, factors=(), pieces=parts)
+    whole = parts[0]._replace(name=name, shape=shape, nbytes=nbytes, factors=(), scales=None)
+    return whole._replace(pieces=parts)
 
 
 class Factor(NamedTuple):
@@ -120,6 +140,22 @@ class Factor(NamedTuple):
     right: TensorSpec | None
     transposed: bool
     scale: float
+
+
+class Scales(NamedTuple):
+    """What the blocks of a tensor are multiplied by.
+
+    Attributes:
+        values: One number a block, of shape ``(…, block rows, block columns)`` with the
+            tensor's own leading dimensions; or a single one.
+        block: Rows and columns of a block, smaller ones at the ends; ``()`` where a single
+            number scales the whole tensor.
+        dtype: The element type that the products are to be stored in.
+    """
+
+    values: TensorSpec
+    block: tuple[int, ...]
+    dtype: DType
 
 
 class Header(NamedTuple):

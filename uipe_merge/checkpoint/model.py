@@ -10,6 +10,7 @@ from uipe_merge.checkpoint import formats
 from uipe_merge.checkpoint.header import Header, KnownHeaders, TensorSpec, read_header
 from uipe_merge.checkpoint.index import INDEX_NAME, Index, read_index
 from uipe_merge.checkpoint.pickled import read_pickled
+from uipe_merge.checkpoint.scaled import apply_scales
 from uipe_merge.checkpoint.storage import read_document
 from uipe_merge.errors import CorruptInputError, listed
 
@@ -84,7 +85,8 @@ class Checkpoint(NamedTuple):
         folder: Where its files are read from.
         names: All files in the folder, relative.
         shards: Its weight files, sorted by name.
-        tensors: Every tensor by name, shard by shard in the order of the bytes.
+        tensors: Every tensor by name, shard by shard in the order of the bytes; scales that
+            were applied are none.
         config: The parsed ``config.json``, empty where there is none.
         warnings: What is odd but harmless.
         folders: The folders its tensors are read from, by ``TensorSpec.home``: its own, and
@@ -108,7 +110,11 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(
-    folder: Folder, known: KnownHeaders | None = None, *, allow_pickle: bool = False
+    folder: Folder,
+    known: KnownHeaders | None = None,
+    *,
+    allow_pickle: bool = False,
+    dequantize: bool = False,
 ) -> Checkpoint:
     """Read the index, every header and the config of the model in ``folder``.
 
@@ -116,6 +122,7 @@ def open_checkpoint(
         folder: Where it is.
         known: Headers of a checkpoint that was opened before, to be shared with this one.
         allow_pickle: Read ``pytorch_model*.bin`` where there is no safetensors file.
+        dequantize: Take block-scaled FP8 tensors with their scales.
 
     Raises:
         CorruptInputError: A file is damaged, or the files contradict one another.
@@ -139,7 +146,10 @@ def open_checkpoint(
     if strays:
         warnings.append(f"{folder.location}: {listed(strays)} not part of the model, ignored")
     config = _read_config(folder) if "config.json" in names else {}
-    formats.refuse_quantised(folder.location, config, tensors)
+    formats.refuse_quantised(folder.location, config, tensors, dequantize=dequantize)
+    if dequantize:
+        tensors, applied = apply_scales(folder.location, config, tensors)
+        warnings += applied
     return Checkpoint(folder, names, shards, tensors, config, warnings, {"": folder})
 
 

@@ -34,6 +34,10 @@ def inspect(
         bool,
         typer.Option("--allow-pickle", help="Read pytorch_model*.bin; nothing in it is run."),
     ] = False,
+    dequantize: Annotated[
+        bool,
+        typer.Option("--dequantize", help="Take block-scaled FP8; the output is not quantised."),
+    ] = False,
     plot: Annotated[
         str | None,
         typer.Option(help="Write a layer × module heat map to FILE.png or FILE.html."),
@@ -57,6 +61,7 @@ def inspect(
         alphas=tuple(alphas) if alphas else None,
         dtype=dtype,
         allow_pickle=allow_pickle,
+        dequantize=dequantize,
         threads=threads,
         progress=out.progress(),
     )

@@ -82,6 +82,10 @@ def merge(
         bool,
         typer.Option("--allow-pickle", help="Read pytorch_model*.bin; nothing in it is run."),
     ] = False,
+    dequantize: Annotated[
+        bool,
+        typer.Option("--dequantize", help="Take block-scaled FP8; the output is not quantised."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan; write nothing.")
     ] = False,
@@ -115,7 +119,13 @@ def merge(
             out.line(line)
         return
     prepared = job.prepare(
-        original, unlearned, output, asked, overwrite=overwrite, allow_pickle=allow_pickle
+        original,
+        unlearned,
+        output,
+        asked,
+        overwrite=overwrite,
+        allow_pickle=allow_pickle,
+        dequantize=dequantize,
     )
     executor = make_executor(threads)
     if dry_run:
