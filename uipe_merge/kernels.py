@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from uipe_merge.plan import Step
 
 
-DeltaCells = Callable[[int, int], tuple[torch.Tensor | None, torch.Tensor | None]]
-"""Gives what adapters add to θ₀ and θᵤ, for ``count`` elements from ``start`` of a block."""
+DeltaCells = Callable[
+    [int, torch.Tensor, torch.Tensor], tuple[torch.Tensor | None, torch.Tensor | None]
+]
+"""Gives what adapters add to θ₀ and θᵤ, from element ``start`` of a block and what the two hold."""
 
 
-def no_deltas(_start: int, _count: int) -> tuple[None, None]:
+def no_deltas(_start: int, _original: torch.Tensor, _unlearned: torch.Tensor) -> tuple[None, None]:
     """Say that no adapter adds anything."""
     return None, None
 
@@ -167,8 +169,8 @@ def pieces(
         part = slice(start, start + CELL)
         raw = slice(start * width, (start + CELL) * width)
         unchanged = comparable and same_bytes(original[raw], unlearned[raw])
-        count = min(CELL, len(result) - start)
-        yield Piece(first[part], second[part], result[part], unchanged, deltas(start, count))
+        old, new = first[part], second[part]
+        yield Piece(old, new, result[part], unchanged, deltas(start, old, new))
 
 
 def _view(data: memoryview, dtype: DType) -> torch.Tensor:

@@ -22,7 +22,7 @@ from uipe_merge.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from uipe_merge.checkpoint.header import TensorSpec
+    from uipe_merge.checkpoint.header import Factor, TensorSpec
     from uipe_merge.checkpoint.pair import Pairing
     from uipe_merge.recipe import Recipe
 
@@ -176,11 +176,11 @@ class Plan(NamedTuple):
     def peak_memory(self, threads: int, *, torch: bool) -> int:
         """Return an upper estimate of the resident bytes of a run, with torch or without."""
         widest = max((step.source.dtype.bits // 8 for step in self.steps), default=0)
-        # Per thread: two input blocks, one output block, the cells of the arithmetic, and an
-        # adapter's factors with room for a wider type and a transposed copy.
-        worker = (
-            3 * BLOCK * widest + 5 * CELL * 8 + 4 * max(map(_factor_bytes, self.steps), default=0)
-        )
+        # Per thread: two input blocks, one output block, the cells of the arithmetic and of the
+        # norms of DoRA, and an adapter's factors with room for a wider type and a transposed copy.
+        cells = 13 if any(map(_has_norms, self.steps)) else 5
+        factors = 4 * max(map(_factor_bytes, self.steps), default=0)
+        worker = 3 * BLOCK * widest + cells * CELL * 8 + factors
         tensors = sum(len(shard.steps) for shard in self.shards)
         base = _BASE_MEMORY + (_TORCH_MEMORY if torch else 0)
         return base + threads * worker + tensors * _NAME_MEMORY
@@ -215,10 +215,16 @@ class Plan(NamedTuple):
 
 def _factor_bytes(step: Step) -> int:
     """Return the bytes of an adapter's factors for one tensor, widened to float32."""
+    return sum(4 * part.elements for factor in _factors(step) for part in factor.tensors)
+
+
+def _has_norms(step: Step) -> bool:
+    return any(factor.magnitude is not None for factor in _factors(step))
+
+
+def _factors(step: Step) -> list[Factor]:
     sides = (step.source, step.original)
-    factors = [factor for side in sides if side is not None for factor in side.factors]
-    halves = [half for factor in factors for half in (factor.left, factor.right)]
-    return sum(4 * half.elements for half in halves if half is not None)
+    return [factor for side in sides if side is not None for factor in side.factors]
 
 
 def make_plan(
