@@ -174,7 +174,7 @@ def test_a_model_that_stores_its_experts_together(tmp_path: Path) -> None:
 
 
 def test_threads_and_blocks_change_no_byte(tmp_path: Path) -> None:
-    pair = toy(tmp_path, 5, 500, 600, target_parameters=["up", "down"])
+    pair = toy(tmp_path, 3, 600, 300, target_parameters=["up", "down"])
     assert read_tensors(pair[0])["experts.up"].numel() > BLOCK
     wanted = shards_written(pair, tmp_path / "whole", BLOCK, 1)
     for block in (CELL, 3 * CELL):
@@ -204,6 +204,26 @@ def test_experts_that_the_base_stores_one_by_one_are_refused(tmp_path: Path) -> 
     result = run_here(tmp_path / "base", adapter, "--alpha", 1, "-o", tmp_path / "out")
     together, single = "layers.0.mlp.experts.down_proj", "experts.0.w1.weight"
     assert_refused(result, 5, together, single, "one by one")
+
+
+def test_empty_matrices_and_stacks_stay_empty(tmp_path: Path) -> None:
+    shapes = {"row.weight": (0, 5), "column.weight": (5, 0), "few.stack": (0, 4, 5)}
+    base = write_checkpoint(
+        tmp_path / "base", {name: torch.zeros(shape) for name, shape in shapes.items()}
+    )
+    (adapter := tmp_path / "adapter").mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_parameters": ["stack"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    halves = {"row": ((2, 5), (0, 2)), "column": ((2, 0), (5, 2)), "few": ((0, 5), (4, 0))}
+    tensors = {
+        f"base_model.model.{name}.lora_{side}.weight": torch.ones(shape)
+        for name, pair in halves.items()
+        for side, shape in zip("AB", pair, strict=True)
+    }
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    result = run_here(base, adapter, "--alpha", 1, "-o", tmp_path / "out")
+    assert result.code == 0, result.err
+    assert {name: tensor.shape for name, tensor in read_tensors(tmp_path / "out").items()} == shapes
 
 
 # ---------------------------------------------------------------- what is refused

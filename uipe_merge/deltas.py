@@ -58,7 +58,7 @@ class Deltas:
             NumericError: DoRA would divide by the norm of an output that is all zeros.
         """
         assert step.original is not None  # noqa: S101 - the plan gives it to what is extrapolated
-        if not (step.original.factors or step.source.factors):
+        if not (step.elements and (step.original.factors or step.source.factors)):
             return no_deltas
         if step.name != self._name:
             types = (step.original.dtype, step.source.dtype, step.dtype)
