@@ -70,6 +70,31 @@ def run_here(*arguments: object) -> Result:
     return Result(code, out.getvalue(), err.getvalue())
 
 
+def shards_written(
+    paths: tuple[Path, Path], output: Path, block: int, width: int
+) -> tuple[dict[str, bytes], object]:
+    """Run the engine alone with blocks of ``block`` elements: the shards and their records."""
+    from uipe_merge import job
+    from uipe_merge.engine import write_shards
+    from uipe_merge.executors import Serial, Threads
+    from uipe_merge.output.filesystem import LocalFileSystem
+    from uipe_merge.output.lock import hold
+    from uipe_merge.output.staging import Staging
+    from uipe_merge.progress import Silent
+    from uipe_merge.recipe import Recipe
+
+    prepared = job.prepare(*paths, output, Recipe(0.3))
+    filesystem = LocalFileSystem()
+    staging = Staging(filesystem, prepared.output)
+    with hold(staging.partial):
+        staging.begin({"block": block}, overwrite=False)
+        executor = Serial() if width == 1 else Threads(width)
+        records = write_shards(
+            prepared.plan, prepared.pair, staging, filesystem, executor, Silent(), block=block
+        )
+        return contents(staging.model), records
+
+
 def _text(value: object) -> str | bytes | os.PathLike[str]:
     return value if isinstance(value, str | bytes | os.PathLike) else str(value)
 

@@ -226,8 +226,7 @@ def adapter_with(family: Path, path: Path, **changes: object) -> Path:
     ("changes", "code", "message"),
     [
         pytest.param({"peft_type": "IA3"}, 5, "IA3", id="peft_type is not LORA"),
-        pytest.param({"use_dora": True}, 5, "use_dora", id="DoRA"),
-        pytest.param({"target_parameters": ["w"]}, 5, "target_parameters", id="target_parameters"),
+        pytest.param({"use_dora": True}, 4, "no lora_magnitude_vector", id="DoRA without its m"),
         pytest.param({"layer_replication": [[0, 1]]}, 5, "layer_replication", id="replication"),
         pytest.param({"init_lora_weights": "pissa"}, 5, "init_lora_weights", id="PiSSA base"),
         pytest.param({"a_field_to_come": 1}, 5, "a_field_to_come", id="unknown non-default field"),

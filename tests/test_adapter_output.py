@@ -485,3 +485,13 @@ def test_rules_name_the_tensors_of_the_model(tmp_path: Path) -> None:
     for name, tensor in after.items():
         scale = next(value for key, value in scales.items() if key in name)
         assert torch.equal(tensor, before[name] * (scale if "lora_B" in name else 1)), name
+
+
+def test_dora_is_no_multiple_of_its_factor(tmp_path: Path) -> None:
+    model = llama()
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    adapter = train(model, tmp_path / "adapter", **PLAIN, use_dora=True)
+    arguments = (base, adapter, "--alpha", 2, "-o", tmp_path / "out")
+    refuse(tmp_path, 5, "is DoRA", "--as model", arguments=(*arguments, "--as", "adapter"))
+    assert run_here(*arguments).code == 0

@@ -189,6 +189,28 @@ def test_inspect_measures_the_dequantised_update(tmp_path: Path) -> None:
     assert found["ratio"] == pytest.approx(float(ratio), rel=1e-5)
 
 
+def write_adapter(path: Path, halves: dict[str, torch.Tensor], **settings: object) -> Path:
+    """An adapter on the FP8 matrix."""
+    module = f"base_model.model.{NAME.removesuffix('.weight')}"
+    document = json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, **settings})
+    tensors = {f"{module}.lora_{end}": half for end, half in halves.items()}
+    write_any(path, tensors, config=None, files={"adapter_config.json": document})
+    (path / "model.safetensors").rename(path / "adapter_model.safetensors")
+    return path
+
+
+def test_dora_on_an_fp8_weight_is_refused(tmp_path: Path) -> None:
+    write_fp8_pair(tmp_path)
+    halves = {
+        "A.weight": torch.ones(4, 130),
+        "B.weight": torch.ones(256, 4),
+        "magnitude_vector": torch.ones(256),
+    }
+    adapter = write_adapter(tmp_path / "adapter", halves, use_dora=True)
+    command = (tmp_path / "original", adapter, "--alpha", 2, "-o", tmp_path / "out")
+    assert_refused(run_here(*command, "--dequantize"), 5, NAME, "DoRA on an FP8 weight")
+
+
 def test_an_adapter_on_an_fp8_model(tmp_path: Path) -> None:
     old, _ = write_fp8_pair(tmp_path)
     rng = np.random.default_rng(3)
@@ -196,16 +218,8 @@ def test_an_adapter_on_an_fp8_model(tmp_path: Path) -> None:
         "A": torch.from_numpy(rng.normal(0, 0.05, (4, 130))).float(),
         "B": torch.from_numpy(rng.normal(0, 0.05, (256, 4))).float(),
     }
-    module = f"base_model.model.{NAME.removesuffix('.weight')}"
-    adapter = tmp_path / "adapter"
-    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
-    write_any(
-        adapter,
-        {f"{module}.lora_{side}.weight": half for side, half in halves.items()},
-        config=None,
-        files={"adapter_config.json": json.dumps(settings)},
-    )
-    (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
+    factors = {f"{side}.weight": half for side, half in halves.items()}
+    adapter = write_adapter(tmp_path / "adapter", factors)
     result = run_here(
         *(tmp_path / "original", adapter, "--alpha", 2, "-o", tmp_path / "out", "--dequantize")
     )

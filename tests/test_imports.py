@@ -45,7 +45,7 @@ LAYERS: list[set[str]] = [
     {"bits"},
     {"checkpoint"},
     {"arithmetic"},
-    {"aligned", "naming", "progress", "errors", "_version"},
+    {"aligned", "naming", "once", "progress", "errors", "_version"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -5,19 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import bits, contents, read_tensors, write_checkpoint
+from helpers import bits, contents, read_tensors, shards_written, write_checkpoint
 from reference import FORMATS, Models, Tensors, assert_merged, dtype_id, mixed_pair
 
 import uipe_merge
-from uipe_merge import job
-from uipe_merge.engine import write_shards
-from uipe_merge.executors import Serial, Threads
-from uipe_merge.output.filesystem import LocalFileSystem
-from uipe_merge.output.lock import hold
-from uipe_merge.output.staging import Staging
 from uipe_merge.plan import BLOCK, CELL
-from uipe_merge.progress import Silent
-from uipe_merge.recipe import Recipe
 
 # ---------------------------------------------------------------- α = 0 and α = −1
 
@@ -167,29 +159,13 @@ def test_every_byte_of_the_directory_is_the_same_for_any_number_of_threads(
             assert written[threads][name] == content, (threads, name)
 
 
-def shards_written(
-    models: Models, output: Path, block: int, width: int
-) -> tuple[dict[str, bytes], object]:
-    """Run the engine alone with blocks of ``block`` elements: the shards and their records."""
-    prepared = job.prepare(*models.paths, output, Recipe(0.3))
-    filesystem = LocalFileSystem()
-    staging = Staging(filesystem, prepared.output)
-    with hold(staging.partial):
-        staging.begin({"block": block}, overwrite=False)
-        executor = Serial() if width == 1 else Threads(width)
-        records = write_shards(
-            prepared.plan, prepared.pair, staging, filesystem, executor, Silent(), block=block
-        )
-        return contents(staging.model), records
-
-
 def test_shards_and_sums_are_the_same_for_any_block_size(large: Models, tmp_path: Path) -> None:
-    files, records = shards_written(large, tmp_path / "whole", BLOCK, 1)
+    files, records = shards_written(large.paths, tmp_path / "whole", BLOCK, 1)
     assert len(files) == 3
     for block in (CELL, 2 * CELL, 3 * CELL, 8 * CELL):
         for width in (1, 3):
             output = tmp_path / f"{block} {width}"
-            assert shards_written(large, output, block, width) == (files, records)
+            assert shards_written(large.paths, output, block, width) == (files, records)
 
 
 def test_a_tensor_alone_in_a_model_gets_the_bytes_it_gets_among_others(

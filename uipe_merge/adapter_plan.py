@@ -42,6 +42,12 @@ def make_adapter_plan(
             file=unlearned.location,
             remedy="name a LoRA adapter as UNLEARNED, or write a whole model with --as model",
         )
+    if adapter.config.get("use_dora"):
+        raise IncompatibleModelsError(
+            "is DoRA, whose update is no multiple of B",
+            file=unlearned.location,
+            remedy="write a whole model with --as model",
+        )
     base = [folder for folder in unlearned.folders.values() if folder is not unlearned.folder]
     if _places(base) != _places(original.folders.values()):
         raise IncompatibleModelsError(

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from uipe_merge.errors import OutputError
+from uipe_merge.once import Once
 from uipe_merge.output.journal import ShardRecord
 from uipe_merge.output.shard import ShardAborted, ShardWriter
 from uipe_merge.plan import BLOCK, Block, Plan, blocks
@@ -15,6 +16,7 @@ from uipe_merge.report import Sums, add
 from uipe_merge.worker import BlockResult, MergeWorker
 
 if TYPE_CHECKING:
+    from uipe_merge.deltas import Growths
     from uipe_merge.executors import Executor
     from uipe_merge.output.filesystem import FileSystem
     from uipe_merge.output.staging import Staging
@@ -105,13 +107,15 @@ class _Desk:
         self._staging = staging
         self._filesystem = filesystem
         self._block = block
+        self._growths: Growths = Once()
         self._lock = threading.Lock()
         self._writers: dict[int, ShardWriter] = {}
         self._failure: BaseException | None = None
 
     def make_worker(self) -> _GuardedWorker:
         """Make the worker of one thread."""
-        return _GuardedWorker(MergeWorker(self._plan, self._pair, self.writer, self._block), self)
+        worker = MergeWorker(self._plan, self._pair, self.writer, self._growths, self._block)
+        return _GuardedWorker(worker, self)
 
     def writer(self, index: int) -> ShardWriter:
         """Return the writer of a shard, begun by whoever comes first."""

@@ -75,8 +75,8 @@ class Guard:
         if self._finite_inputs != step.name:
             tensors = [(step.original, 0), (step.source, 1)]
             for spec, side in list(tensors):
-                halves = [half for factor in spec.factors for half in (factor.left, factor.right)]
-                tensors += [(half, side) for half in halves if half is not None]
+                parts = [part for factor in spec.factors for part in factor.tensors]
+                tensors += [(part, side) for part in parts]
                 tensors += [(spec.scales.values, side)] if spec.scales is not None else []
             self._refuse_inputs(tensors)
             self._finite_inputs = step.name
@@ -85,11 +85,11 @@ class Guard:
         """Go over the whole tensor again; refuse it if the output type cannot hold it."""
         assert step.original is not None  # noqa: S101 - given by the plan, or by check_cast
         side = 0 if step.from_original else 1
-        from uipe_merge.deltas import Deltas  # imports torch
+        from uipe_merge.deltas import Deltas, Growths  # imports torch
 
         count, largest = 0, 0.0
         reader = BlockReader(self._pair, widest_input(self._plan), BLOCK)
-        deltas = Deltas(self._pair)
+        deltas = Deltas(self._pair, Growths())
         try:
             for start, elements in step.ranges(BLOCK):
                 here = step.at(start, elements)

@@ -10,6 +10,7 @@ from uipe_merge.bits import count_differing
 from uipe_merge.checkpoint.pair import match
 from uipe_merge.guard import Guard
 from uipe_merge.naming import Place, place
+from uipe_merge.once import Once
 from uipe_merge.opening import open_pair
 from uipe_merge.plan import BLOCK, Block, Plan, blocks, make_plan
 from uipe_merge.reader import BlockReader, Pair, widest_input
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator
 
-    from uipe_merge.deltas import Deltas
+    from uipe_merge.deltas import Deltas, Growths
     from uipe_merge.executors import Executor
     from uipe_merge.kernels import Kernels
     from uipe_merge.plan import Step
@@ -185,8 +186,10 @@ def inspect_pair(
     progress.start(sum(step.source.nbytes for step in plan.steps))
     rows: dict[str, list[tuple[float, ...]]] = {}
 
+    growths: Growths = Once()
+
     def make_worker() -> InspectWorker:
-        return InspectWorker(plan, pair, alphas)
+        return InspectWorker(plan, pair, alphas, growths)
 
     for block, found in executor.run(make_worker, _items(plan, executor.width)):
         step = plan.shards[block.shard].steps[block.step]
@@ -214,13 +217,14 @@ def inspect_pair(
 class InspectWorker:
     """Measures the blocks of one thread. A row is ‖v‖², ‖θᵤ‖², v ≠ 0 and one sum per α."""
 
-    def __init__(self, plan: Plan, pair: Pair, alphas: tuple[float, ...]) -> None:
+    def __init__(self, plan: Plan, pair: Pair, alphas: tuple[float, ...], growths: Growths) -> None:
         """Allocate the buffers of one thread."""
         self._plan = plan
         self._alphas = alphas
         self._reader = BlockReader(pair, widest_input(plan), BLOCK)
         self._guard = Guard(plan, pair)
         self._pair = pair
+        self._growths = growths
         self._lazy: tuple[Kernels, Deltas] | None = None
         self._out = memoryview(bytearray(BLOCK * 8))
 
@@ -261,7 +265,7 @@ class InspectWorker:
             from uipe_merge.deltas import Deltas
             from uipe_merge.kernels import Kernels
 
-            self._lazy = Kernels(), Deltas(self._pair)
+            self._lazy = Kernels(), Deltas(self._pair, self._growths)
         return self._lazy
 
 

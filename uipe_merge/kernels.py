@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from uipe_merge.plan import Step
 
 
-DeltaCells = Callable[[int, int], tuple[Change | None, Change | None]]
-"""Gives what scales and adapters make of the values stored for θ₀ and θᵤ, for ``count`` elements
-from ``start`` of a block."""
+DeltaCells = Callable[[int, torch.Tensor, torch.Tensor], tuple[Change | None, Change | None]]
+"""Gives what scales and adapters make of the values stored for θ₀ and θᵤ, from element ``start``
+of a block and what is stored for the two."""
 
 
-def no_deltas(_start: int, _count: int) -> tuple[None, None]:
+def no_deltas(_start: int, _original: torch.Tensor, _unlearned: torch.Tensor) -> tuple[None, None]:
     """Say that the stored values are θ₀ and θᵤ."""
     return None, None
 
@@ -175,8 +175,8 @@ def pieces(
         part = slice(start, start + CELL)
         raw = slice(start * width, (start + CELL) * width)
         unchanged = comparable and same_bytes(original[raw], unlearned[raw])
-        count = min(CELL, len(result) - start)
-        yield Piece(first[part], second[part], result[part], unchanged, deltas(start, count))
+        old, new = first[part], second[part]
+        yield Piece(old, new, result[part], unchanged, deltas(start, old, new))
 
 
 def _view(data: memoryview, dtype: DType) -> torch.Tensor:

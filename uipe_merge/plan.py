@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from uipe_merge.checkpoint.decisions import Kept
-    from uipe_merge.checkpoint.header import TensorSpec
+    from uipe_merge.checkpoint.header import Factor, TensorSpec
     from uipe_merge.checkpoint.pair import Pairing
     from uipe_merge.recipe import Recipe
 
@@ -187,11 +187,12 @@ class Plan(NamedTuple):
         """Return an upper estimate of the resident bytes of a run, with torch or without."""
         widths = ((step.source.dtype.bits, step.dtype.bits) for step in self.steps)
         widest = max((max(pair) // 8 for pair in widths), default=0)
-        # Per thread: two input blocks, one output block, the cells of the arithmetic, and an
-        # adapter's factors and scales with room for a wider type and a transposed copy.
-        worker = (
-            3 * BLOCK * widest + 5 * CELL * 8 + 4 * max(map(_beside_bytes, self.steps), default=0)
-        )
+        # Per thread: two input blocks, one output block, the cells of the arithmetic and of the
+        # norms of DoRA, and an adapter's factors and scales with room for a wider type and a
+        # transposed copy.
+        cells = 13 if any(map(_has_norms, self.steps)) else 5
+        beside = 4 * max(map(_beside_bytes, self.steps), default=0)
+        worker = 3 * BLOCK * widest + cells * CELL * 8 + beside
         tensors = sum(len(shard.steps) for shard in self.shards)
         base = _BASE_MEMORY + (_TORCH_MEMORY if torch else 0)
         return base + threads * worker + tensors * _NAME_MEMORY
@@ -226,15 +227,21 @@ class Plan(NamedTuple):
 
 def _beside_bytes(step: Step) -> int:
     """Return the bytes of the factors and scales of one tensor, widened to float32."""
-    sides = [side for side in (step.source, step.original) if side is not None]
-    factors = [factor for side in sides for factor in side.factors]
-    tensors = [half for factor in factors for half in (factor.left, factor.right)]
-    counts = [tensor.elements for tensor in tensors if tensor is not None]
-    for side in sides:
-        if side.scales is not None:
+    counts = [part.elements for factor in _factors(step) for part in factor.tensors]
+    for side in (step.source, step.original):
+        if side is not None and side.scales is not None:
             # Scales are spread over the elements of a cell, in whole rows.
             counts += [side.scales.values.elements, CELL + 2 * max(side.shape[-1:], default=1)]
     return 4 * sum(counts)
+
+
+def _has_norms(step: Step) -> bool:
+    return any(factor.magnitude is not None for factor in _factors(step))
+
+
+def _factors(step: Step) -> list[Factor]:
+    sides = (step.source, step.original)
+    return [factor for side in sides if side is not None for factor in side.factors]
 
 
 def make_plan(

@@ -18,7 +18,7 @@ from uipe_merge.reader import BlockReader, Pair, widest_input
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from uipe_merge.deltas import Deltas
+    from uipe_merge.deltas import Deltas, Growths
     from uipe_merge.kernels import Kernels
     from uipe_merge.output.shard import ShardWriter
 
@@ -41,7 +41,12 @@ class MergeWorker:
     """Does the blocks of a plan, one at a time."""
 
     def __init__(
-        self, plan: Plan, pair: Pair, writer: Callable[[int], ShardWriter], block: int = BLOCK
+        self,
+        plan: Plan,
+        pair: Pair,
+        writer: Callable[[int], ShardWriter],
+        growths: Growths,
+        block: int = BLOCK,
     ) -> None:
         """Allocate the buffers of one thread.
 
@@ -49,6 +54,7 @@ class MergeWorker:
             plan: The plan.
             pair: Where to read.
             writer: Gives the writer of a shard, by its index in the plan.
+            growths: What the threads share of DoRA adapters.
             block: Elements of a block at most.
         """
         self._plan = plan
@@ -58,6 +64,7 @@ class MergeWorker:
         width = max((step.dtype.bits // 8 for step in plan.steps), default=1)
         self._out = allocate(block * width)
         self._pair = pair
+        self._growths = growths
         self._lazy: tuple[Kernels, Deltas] | None = None
 
     def __call__(self, block: Block) -> BlockResult:
@@ -133,5 +140,5 @@ class MergeWorker:
             from uipe_merge.deltas import Deltas
             from uipe_merge.kernels import Kernels
 
-            self._lazy = Kernels(), Deltas(self._pair)
+            self._lazy = Kernels(), Deltas(self._pair, self._growths)
         return self._lazy

@@ -1,9 +1,10 @@
 """PEFT LoRA adapters: an unlearned model told as its base and a low-rank update.
 
 θᵤ = θ₀ + c·B·A for every matrix the adapter names, with c = lora_alpha/r, or lora_alpha/√r
-where rank-stabilised. Source: the LoRA section of the PEFT documentation and its config
-class. Nothing is merged here: a tensor's spec gets the factors, and the product is formed a
-few rows at a time when the tensor is streamed.
+where rank-stabilised; with DoRA its rows are brought to the lengths the adapter says. Source:
+the LoRA section of the PEFT documentation and its config class. Nothing is merged here: a
+tensor's spec gets the factors (see ``factors``), and the product is formed a few rows at a
+time when the tensor is streamed.
 
 A field of the config that changes what the adapter means and is not handled here is refused
 by name, never ignored.
@@ -16,7 +17,13 @@ import math
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from uipe_merge.checkpoint.header import Factor, TensorSpec
+from uipe_merge.checkpoint.factors import (
+    MERGE_FIRST,
+    Halves,
+    bias_factor,
+    matrix_factor,
+    parameter_factors,
+)
 from uipe_merge.checkpoint.model import (
     PICKLED,
     SAFETENSORS,
@@ -31,6 +38,7 @@ from uipe_merge.errors import CorruptInputError, IncompatibleModelsError, Unsafe
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from uipe_merge.checkpoint.header import TensorSpec
     from uipe_merge.checkpoint.storage import Folder
 
 CONFIG_NAME = "adapter_config.json"
@@ -51,6 +59,8 @@ _HANDLED = frozenset(
         "lora_bias",
         "bias",
         "modules_to_save",
+        "use_dora",
+        "target_parameters",
     ]
 )
 # What only matters while training, or says where the adapter came from.
@@ -80,7 +90,12 @@ _KEY = re.compile(
     r"^(?P<module>.+)\.lora_(?P<what>embedding_A|embedding_B|A|B|magnitude_vector)(?P<end>\.weight|\.bias)?$"
 )
 _PREFIX = "base_model.model."
-_MERGE_FIRST = "merge it into its base with peft's `merge_and_unload` first"
+_WRAPPED = re.compile(r"\.base_layer(?=\.|$)")
+_EXCLUDED = {
+    "use_dora": ("lora_bias",),
+    "target_parameters": ("use_dora", "lora_bias", "fan_in_fan_out"),
+}
+"""What PEFT does not take beside a field, so that nothing says what it would mean."""
 
 
 class _Config(NamedTuple):
@@ -90,11 +105,18 @@ class _Config(NamedTuple):
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
     transposed: bool
+    dora: bool
+    parameters: tuple[str, ...]
     base: str
     document: dict[str, object]
 
+    def parameters_of(self, module: str) -> list[str]:
+        """Return the full names of the parameters of a module that are targets themselves."""
+        pairs = ((f"{module}.{each.rpartition('.')[2]}", each) for each in self.parameters)
+        return sorted({name for name, target in pairs if f".{name}".endswith(f".{target}")})
+
     def scale(self, module: str) -> tuple[int, float]:
-        """Return rank and c of one module."""
+        """Return rank and c of one module or parameter."""
         rank = _by_pattern(self.ranks, module, self.rank)
         alpha = _by_pattern(self.alphas, module, self.alpha)
         return int(rank), alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
@@ -145,8 +167,8 @@ def _apply(
 ) -> tuple[dict[str, TensorSpec], Adapter]:
     """Give every tensor of the base its factors, or its replacement."""
     tensors = {name: spec.in_home(spec.home or "base") for name, spec in base.tensors.items()}
-    halves: dict[tuple[str, bool], dict[str, TensorSpec]] = {}
-    left: dict[str, str] = {}
+    halves: dict[tuple[str, bool], Halves] = {}
+    wrapped: dict[str, list[Halves]] = {}
     replaced: dict[str, str] = {}
     unknown: list[str] = []
     for key, spec in stored.items():
@@ -154,86 +176,69 @@ def _apply(
         match = _KEY.match(name)
         if match is None:
             # PEFT saves a whole embedding beside its factors, as the layer that they wrap.
-            target = _resolve(name.replace(".base_layer.", "."), tensors)
+            target = _resolve(_WRAPPED.sub("", name), tensors)
             if target is None or tensors[target].shape != spec.shape:
                 unknown.append(f"'{key}' replaces no tensor of the base")
             else:
                 tensors[target] = spec._replace(name=target)
                 replaced[key] = target
             continue
-        if match["what"] == "magnitude_vector":
-            raise IncompatibleModelsError(
-                "is DoRA, which is not linear in its scale",
-                file=location,
-                tensor=key,
-                remedy=_MERGE_FIRST,
-            )
         bias = match["end"] == ".bias"
         halves.setdefault((match["module"], bias), {})[match["what"]] = spec
-    for (module, bias), pair in halves.items():
+    for (wrapper, bias), pair in halves.items():
+        module = _WRAPPED.sub("", wrapper)
+        if _parameters(module, tensors, config):
+            wrapped.setdefault(module, []).append(pair)
+            continue
         target = _resolve(f"{module}.{'bias' if bias else 'weight'}", tensors)
         if target is None:
-            unknown.append(f"'{module}' is not in the base")
-        else:
-            where = f"{location}: module '{module}'"
-            factor = _factor(where, module, pair, tensors[target], config, bias=bias)
-            spec = tensors[target]
-            tensors[target] = spec._replace(factors=(*spec.factors, factor))
-            left |= {half.name: target for what, half in pair.items() if what.endswith("B")}
+            unknown.append(_missing(module, config.parameters_of(module), tensors))
+            continue
+        where, spec = f"{location}: module '{module}'", tensors[target]
+        rank, scale = config.scale(module)
+        if bias:
+            tensors[target] = bias_factor(where, pair, spec, scale)
+            continue
+        turned = config.transposed
+        tensors[target] = matrix_factor(
+            where, pair, spec, rank, scale, transposed=turned, dora=config.dora
+        )
+    for module, pairs in wrapped.items():
+        names = _parameters(module, tensors, config)
+        targets = {at: (tensors[at], *config.scale(name)) for name, at in names.items()}
+        tensors |= parameter_factors(f"{location}: module '{module}'", pairs, targets)
     if unknown:
         raise IncompatibleModelsError(
             f"does not fit {base.location}: {listed(unknown)}",
             file=location,
             remedy="name the model that it was trained on as ORIGINAL",
         )
+    own = {spec.home for spec in stored.values()}
+    left = {
+        factor.left.name: target
+        for target, spec in tensors.items()
+        for factor in spec.factors
+        if factor.left.home in own
+    }
     return tensors, Adapter(stored, left, replaced, config.document)
 
 
-def _factor(
-    where: str,
-    module: str,
-    pair: dict[str, TensorSpec],
-    target: TensorSpec,
-    config: _Config,
-    *,
-    bias: bool,
-) -> Factor:
-    """Check one pair of factors against the tensor they update."""
-    for spec in (target, *pair.values()):
-        if not spec.dtype.computes or spec.dtype.lanes > 1:
-            raise IncompatibleModelsError(
-                f"has the dtype {spec.dtype.name}, with which no update is formed",
-                file=where,
-                tensor=spec.name,
-            )
-    rank, scale = config.scale(module)
-    if bias:
-        vector = pair.get("B")
-        if vector is None or vector.shape != target.shape:
-            raise CorruptInputError("its lora_B bias does not fit", file=where, tensor=target.name)
-        return Factor(vector, None, transposed=False, scale=scale)
-    embedding = "embedding_A" in pair or "embedding_B" in pair
-    first, second = (pair.get(f"embedding_{side}" if embedding else side) for side in "AB")
-    if first is None or second is None:
-        raise CorruptInputError("has lora_A without lora_B, or the reverse", file=where)
-    if len(first.shape) != 2 or len(second.shape) != 2 or len(target.shape) != 2:
-        raise IncompatibleModelsError(
-            "is not a matrix (a convolution?)", file=where, tensor=target.name, remedy=_MERGE_FIRST
-        )
-    if not first.shape[0] == second.shape[1] == rank:
-        raise CorruptInputError(
-            f"has rank {first.shape[0]} and {second.shape[1]}, its config says {rank}", file=where
-        )
-    transposed = config.transposed or embedding
-    rows, columns = second.shape[0], first.shape[1]
-    if target.shape != ((columns, rows) if transposed else (rows, columns)):
-        raise IncompatibleModelsError(
-            f"makes an update of {[rows, columns]}, the base has {list(target.shape)}",
-            file=where,
-            tensor=target.name,
-            remedy="name the model that it was trained on as ORIGINAL",
-        )
-    return Factor(second, first, transposed=transposed, scale=scale)
+def _parameters(module: str, tensors: Mapping[str, TensorSpec], config: _Config) -> dict[str, str]:
+    """Return those parameters of a module that are targets, with their names in the base."""
+    names = config.parameters_of(module)
+    return {name: at for name in names if (at := _resolve(name, tensors)) is not None}
+
+
+def _missing(module: str, parameters: list[str], tensors: Mapping[str, TensorSpec]) -> str:
+    """Say what the base lacks, and what it may have instead."""
+    what = f"'{', '.join(parameters) or module}' is not in the base"
+    layer = re.match(r"(.*\.)?\d+\.", module)
+    if parameters and layer is not None:
+        single = re.compile(rf"{re.escape(layer[0])}.*\bexperts\.\d+\.")
+        for name in tensors:
+            if single.match(name):
+                return f"{what}, which stores its experts one by one ('{name}')"
+    return what
 
 
 def _read_config(folder: Folder) -> _Config:
@@ -245,7 +250,7 @@ def _read_config(folder: Folder) -> _Config:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise IncompatibleModelsError(
-            f"is a PEFT adapter of type {kind}, not LORA", file=where, remedy=_MERGE_FIRST
+            f"is a PEFT adapter of type {kind}, not LORA", file=where, remedy=MERGE_FIRST
         )
     odd = [
         name
@@ -258,8 +263,17 @@ def _read_config(folder: Folder) -> _Config:
         raise IncompatibleModelsError(
             f"uses {', '.join(sorted(odd))}, which is not supported",
             file=where,
-            remedy=_MERGE_FIRST,
+            remedy=MERGE_FIRST,
         )
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
+        raise CorruptInputError("its target_parameters are not a list of names", file=where)
+    for field, others in _EXCLUDED.items():
+        mixed = [name for name in others if config.get(field) and config.get(name)]
+        if mixed:
+            raise CorruptInputError(
+                f"says {', '.join(mixed)} beside {field}, which PEFT does not take", file=where
+            )
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     rank: Any = config.get("r")
     alpha: Any = config.get("lora_alpha")
@@ -272,6 +286,8 @@ def _read_config(folder: Folder) -> _Config:
         ranks,
         alphas,
         bool(config.get("fan_in_fan_out")),
+        bool(config.get("use_dora")),
+        tuple(parameters),
         str(config.get("base_model_name_or_path") or ""),
         config,
     )

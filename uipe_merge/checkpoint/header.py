@@ -53,7 +53,7 @@ class TensorSpec(NamedTuple):
         nbytes: Its length in bytes.
         home: Which of a checkpoint's folders the shard is in; ``""`` is its own. With ``OTHER``
             before it, a folder of the other checkpoint of the pair.
-        factors: Low-rank updates that an adapter adds to the stored values.
+        factors: Low-rank updates that adapters make to the stored values, one after the other.
         pieces: For a tensor that is no tensor of a file, what its elements are, one piece
             after the other; ``file`` and ``offset`` are the first one's then.
         scales: What the stored values are multiplied by, before factors are added.
@@ -127,19 +127,30 @@ def joined(name: str, shape: tuple[int, ...], pieces: Iterable[TensorSpec]) -> T
 
 
 class Factor(NamedTuple):
-    """One update c·B·A of a matrix W, or c·b of a vector.
+    """One update c·B·A of a matrix W or of a stack of them, or c·b of a vector.
 
     Attributes:
-        left: B, of shape ``(rows, rank)``; b, of the vector's shape.
-        right: A, of shape ``(rank, columns)``; ``None`` for a vector.
+        left: B, of shape ``(rows, rank·experts)``; b, of the vector's shape.
+        right: A, of shape ``(experts·rank, columns)``; ``None`` for a vector.
         transposed: Whether W is stored as ``(columns, rows)``: (B·A)ᵀ is added.
         scale: c.
+        experts: The matrices of a stack. The expert is the slower index of A's rows and the
+            faster one of B's columns.
+        magnitude: m of DoRA, of shape ``(rows,)``: W becomes m ⊙ (W + c·B·A)/‖W + c·B·A‖, the
+            norm taken over the columns.
     """
 
     left: TensorSpec
     right: TensorSpec | None
     transposed: bool
     scale: float
+    experts: int = 1
+    magnitude: TensorSpec | None = None
+
+    @property
+    def tensors(self) -> list[TensorSpec]:
+        """The tensors it is made of."""
+        return [spec for spec in (self.left, self.right, self.magnitude) if spec is not None]
 
 
 class Scales(NamedTuple):
