@@ -6,6 +6,7 @@ import re
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from uipe_merge.checkpoint.hub import unpinned
 from uipe_merge.checkpoint.storage import read_document
 from uipe_merge.errors import OutputError, UipeMergeError
 
@@ -24,7 +25,9 @@ _CACHE = re.compile(r"models--(.+?)--(.+)")
 
 
 def model_id(location: str) -> str:
-    """Return the Hub id that a path of the Hub's cache tells, else the directory's name."""
+    """Return the Hub id that a location is or a path of the Hub's cache tells, else its name."""
+    if (named := unpinned(location)) != location:
+        return named
     path = PurePath(location)
     for part in path.parts:
         if match := _CACHE.fullmatch(part):
