@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from uipe_merge.checkpoint.adapter import CONFIG_NAME
 from uipe_merge.checkpoint.header import read_header
 from uipe_merge.checkpoint.index import INDEX_NAME
-from uipe_merge.errors import CorruptInputError
+from uipe_merge.errors import CorruptInputError, OutputError
 from uipe_merge.output import place
 from uipe_merge.output.card import CARD_NAME
 from uipe_merge.reader import owner
@@ -86,18 +86,23 @@ def require_room(everything: Iterable[Wanted], output: Path | None, needed: int)
         needed: What the output takes, which counts where it is on the same disk.
 
     Raises:
-        OutputError: Too few bytes or files are free.
+        OutputError: Too few bytes are free.
     """
     absent = [each.folder.absent(each.names) for each in everything]
     for directory in {each.directory for each in absent if each.names}:
         nbytes = sum(each.nbytes for each in absent if each.directory == directory)
-        files = sum(len(each.names) for each in absent if each.directory == directory)
         existing = Path(directory)
         while not existing.exists():
             existing = existing.parent
         if output is not None and output.stat().st_dev == existing.stat().st_dev:
             nbytes += needed
-        place.require(place.measure(existing, nbytes, files), existing, 0)
+        free = place.measure(existing, nbytes, 0).free
+        if free is not None and nbytes > free:
+            raise OutputError(
+                f"needs {nbytes} bytes for what has to be downloaded, {free} are free",
+                file=directory,
+                remedy="free some disk space, or set HF_HUB_CACHE to where there is more",
+            )
 
 
 def fetch(everything: Iterable[Wanted], pair: Pair) -> None:

@@ -149,6 +149,13 @@ class HubFolder:
             file = LocalFile(Path(os.path.realpath(path)), shown)
         except OSError as error:
             raise system_error(error, path) from None
+        if file.stamp.size != entry.size:
+            file.close()
+            raise CorruptInputError(
+                f"has {file.stamp.size} bytes in the cache and {entry.size} on the hub",
+                file=shown,
+                remedy=f"remove {path} (`hf cache verify` finds what is damaged)",
+            )
         # A blob is named by its content; when it was written says nothing.
         file.stamp = Stamp(file.stamp.size, 0, entry.digest)
         return file
