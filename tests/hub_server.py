@@ -51,6 +51,7 @@ class Hub:
         requests: Every request that was answered.
         refuse: Asked before every answer, with method and path; a refusal is sent instead.
         ignore_range: Answer every range with the whole file.
+        shift: Bytes by which every range begins too late.
         redirect: Send who asks for a large file to another host, as to a content network.
         cut: Connections to close half-way through a file, so many times.
         altered: Content to send instead, by file name.
@@ -63,6 +64,7 @@ class Hub:
         self.requests: list[Request] = []
         self.refuse: Callable[[str, str], Refusal | None] = lambda method, path: None
         self.ignore_range = False
+        self.shift = 0
         self.redirect = False
         self.cut = 0
         self.altered: dict[str, bytes] = {}
@@ -197,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
         if asked is None or self.hub.ignore_range:
             self._send(path, 200, body, headers)
             return
-        first = int(asked[1])
+        first = int(asked[1]) + self.hub.shift
         last = min(int(asked[2] or len(body)), len(body) - 1)
         headers["Content-Range"] = f"bytes {first}-{last}/{len(body)}"
         self._send(path, 206, body[first : last + 1], headers)

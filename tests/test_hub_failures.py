@@ -233,6 +233,10 @@ class TestTransfer:
         )
         place.refuse(10, "model.safetensors", "bytes, the hub's list says")
 
+    def test_another_range(self, place: Place) -> None:
+        place.hub.shift = 4
+        place.refuse(10, BASE, "another range came")
+
     def test_another_size_of_the_download(self, place: Place) -> None:
         place.hub.altered["tokenizer.json"] = b"{}"
         place.refuse(10, "tokenizer.json", "2 bytes, the hub's list says 17")

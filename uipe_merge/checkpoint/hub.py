@@ -116,7 +116,7 @@ class HubFolder:
             raise UnsafeInputError(
                 "is pickled, and such a file is not read over the network",
                 file=shown,
-                remedy=f"`hf download {self._repo} --revision {self._commit}` it first",
+                remedy=f"run `hf download {self._repo} --revision {self._commit}` first",
             )
         return HubFile(self._repo, self._commit, name, entry)
 

@@ -86,7 +86,7 @@ def list_files(repo: str, revision: str | None, shown: str) -> Listing:
 
     try:
         return patiently(ask, shown)
-    except (ValueError, TypeError, LookupError, AttributeError):
+    except (ValueError, TypeError, LookupError, AttributeError):  # no JSON, or of another shape
         raise RemoteError(
             f"{host()} does not answer as a hub does",
             file=shown,
@@ -118,15 +118,18 @@ def read_range(
         with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT) as response:
             hf_raise_for_status(response)
             partial = response.status_code == 206
+            range_sent = response.headers.get("Content-Range", "")
+            if partial and not range_sent.startswith(f"bytes {offset}-"):
+                raise RemoteError("another range came than was asked for", file=shown, remedy=AGAIN)
             total = _total(response.headers, partial=partial)
             if total not in (None, size):
                 raise RemoteError(
                     f"has {total} bytes, the hub's list says {size}", file=shown, remedy=AGAIN
                 )
-            skipped, done = 0 if partial else -offset, 0
+            before, done = 0 if partial else offset, 0
             for chunk in response.iter_bytes():
-                piece = chunk[max(-skipped, 0) :][: len(buffer) - done]
-                skipped = min(skipped + len(chunk), 0)
+                piece = chunk[before:][: len(buffer) - done]
+                before = max(before - len(chunk), 0)
                 buffer[done : done + len(piece)] = piece
                 done += len(piece)
                 if done == len(buffer):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 
-AGAIN = "run the same command again later: what has arrived is kept"
+AGAIN = "run the same command again later: files that have arrived are kept"
 """What to do about a hub that fails."""
 
 _WAITS = (1, 2, 4)  # seconds before each further try
