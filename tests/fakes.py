@@ -1,6 +1,8 @@
 """Stand-ins for the seams of the program."""
 
-from uipe_merge.checkpoint.storage import Stamp
+from collections.abc import Iterable
+
+from uipe_merge.checkpoint.storage import Absent, Stamp
 from uipe_merge.errors import CorruptInputError
 
 
@@ -40,3 +42,9 @@ class MemoryFolder:
             raise CorruptInputError("no such file", file=shown, remedy="download it again")
         # As good as a clock: other bytes are another modification.
         return MemoryFile(shown, self.files[name], hash(self.files[name]))
+
+    def absent(self, names: Iterable[str]) -> Absent:
+        return Absent([], 0, self.location)
+
+    def fetch(self, names: Iterable[str]) -> None:
+        pass

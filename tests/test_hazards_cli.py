@@ -43,7 +43,7 @@ def root(tmp_path: Path) -> Path:
         (("inspect", "original"), "UNLEARNED"),
         (("inspect", "original", "unlearned", "--plot", "map.svg"), "map.svg"),
         (("original", "nowhere", "--alpha", "1", "-o", "out"), "nowhere: no such directory"),
-        (("org/name", "unlearned", "--alpha", "1", "-o", "out"), "hf download"),
+        (("org/a--b", "unlearned", "--alpha", "1", "-o", "out"), "nor a hub id"),
     ],
 )
 def test_arguments_missing_or_unknown(

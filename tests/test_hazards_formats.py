@@ -199,5 +199,5 @@ def test_input_that_is_no_directory(tmp_path: Path, side: str, flag: str) -> Non
     (tmp_path / side).rmdir()
     if flag == "a file":
         (tmp_path / side).write_bytes(b"")
-    remedies = {"missing": "hf download", "a file": "the directory that holds the checkpoint"}
+    remedies = {"missing": "ORG/NAME", "a file": "the directory that holds the checkpoint"}
     refuse_merge(tmp_path, 2, str(tmp_path / side), remedies[flag])

@@ -28,6 +28,7 @@ LAYERS: list[set[str]] = [
     {"inspection"},
     {"job"},
     {"engine"},
+    {"fetching"},
     {"opening"},
     {"worker"},
     {"guard"},

@@ -143,7 +143,7 @@ class TestLocalFolder(FolderContract):
         return LocalFolder(root / "model")
 
     def test_a_missing_root_is_wrong_usage(self, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match=r"no such directory.*hf download"):
+        with pytest.raises(UsageError, match=r"no such directory.*ORG/NAME"):
             LocalFolder(tmp_path / "none")
 
     @pytest.mark.parametrize("tail", ["", "/", "/x"])

@@ -156,8 +156,8 @@ def merge(
     512 MiB whatever their size. A run that was interrupted is continued by the same call.
 
     Args:
-        original: Directory of the original checkpoint θ₀.
-        unlearned: Directory of the unlearned checkpoint θᵤ.
+        original: The original checkpoint θ₀: a directory, or ``ORG/NAME@REVISION`` on a hub.
+        unlearned: The unlearned checkpoint θᵤ, likewise; or an adapter.
         output: Directory to make. It appears whole, at the very end.
         alpha: α, dimensionless: 0 gives the unlearned model, −1 the original. Of every tensor
             that no rule and no layer decides.
@@ -236,8 +236,8 @@ def inspect(
     Mismatches are reported, not refused: the tensors that match are measured.
 
     Args:
-        original: Directory of the original checkpoint θ₀.
-        unlearned: Directory of the unlearned checkpoint θᵤ.
+        original: The original checkpoint θ₀: a directory, or ``ORG/NAME@REVISION`` on a hub.
+        unlearned: The unlearned checkpoint θᵤ, likewise; or an adapter.
         alphas: The α whose rounding is tried; by default 0.1, 0.25, 0.5, 1 and 2.
         dtype: The output dtype the rounding is tried at, as for ``merge``.
         allow_pickle: As for ``merge``.

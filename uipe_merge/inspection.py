@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from uipe_merge import native
 from uipe_merge.bits import count_differing
 from uipe_merge.checkpoint.pair import match
+from uipe_merge.fetching import fetch, require_room, wanted
 from uipe_merge.guard import Guard
 from uipe_merge.naming import Place, place
 from uipe_merge.once import Once
-from uipe_merge.opening import open_pair
+from uipe_merge.opening import open_folders, open_pair
 from uipe_merge.plan import BLOCK, Block, Plan, blocks, make_plan
 from uipe_merge.reader import BlockReader, Pair, widest_input
 from uipe_merge.recipe import Recipe
@@ -174,8 +175,11 @@ def inspect_pair(
     Raises:
         UipeMergeError: A checkpoint cannot be read, or has nothing in common with the other.
         NumericError: A value of an input is not finite.
+        RemoteError: What has to be downloaded first cannot be had.
     """
-    pair = open_pair(original, unlearned, allow_pickle=allow_pickle, dequantize=dequantize)
+    pair = open_pair(
+        *open_folders(original, unlearned), allow_pickle=allow_pickle, dequantize=dequantize
+    )
     pairing = match(*pair)
     if not pairing.pairs:
         pairing.require_match(*pair)
@@ -183,6 +187,9 @@ def inspect_pair(
     alphas = tuple(Recipe(alpha, dtype).alpha for alpha in alphas)  # refuses what is no α
     recipe = Recipe(1.0, dtype)  # any α that is neither 0 nor −1 reads both sides
     plan = make_plan(pair.original, pair.unlearned._replace(tensors=matched), pairing, recipe)
+    needed = wanted(plan, pair)
+    require_room(needed, None, 0)
+    fetch(needed, pair)
     progress.start(sum(step.source.nbytes for step in plan.steps))
     rows: dict[str, list[tuple[float, ...]]] = {}
 

@@ -18,8 +18,11 @@ from uipe_merge.checkpoint.decisions import following
 from uipe_merge.checkpoint.index import INDEX_NAME
 from uipe_merge.checkpoint.pair import match, refuse_swapped
 from uipe_merge.checkpoint.scaled import DEFAULT_DTYPE, said_dtype
+from uipe_merge.checkpoint.storage import LocalFolder
 from uipe_merge.errors import CorruptInputError, NumericError, OutputError, listed
-from uipe_merge.opening import locations, open_folder, open_pair
+from uipe_merge.fetching import download_bytes, fetch, wanted
+from uipe_merge.fetching import require_room as require_download_room
+from uipe_merge.opening import open_folders, open_pair
 from uipe_merge.output import place
 from uipe_merge.output.card import CARD_NAME, base_models, card_metadata, encode_card, hub_id
 from uipe_merge.output.filesystem import LocalFileSystem, write_document
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 
     from uipe_merge.checkpoint.model import Checkpoint
     from uipe_merge.executors import Executor
+    from uipe_merge.fetching import Wanted
     from uipe_merge.output.filesystem import FileSystem
     from uipe_merge.output.journal import ShardRecord
     from uipe_merge.progress import Progress
@@ -64,8 +68,9 @@ class Job:
         plan: What will be done to every tensor.
         pair: The two checkpoints.
         sidecars: The files that go beside the weights.
+        wanted: The files that will be read whole, folder by folder.
         output: The real path of the output.
-        arguments: The two inputs as the user named them.
+        arguments: The two inputs as the user named them, a hub id with its commit.
         named: The output as the user named it.
         space: What the disk needs and has.
         overwrite: Whether a model at the output may be replaced.
@@ -74,11 +79,17 @@ class Job:
     plan: Plan
     pair: Pair
     sidecars: list[Sidecar]
+    wanted: list[Wanted]
     output: Path
     arguments: tuple[str, str]
     named: str
     space: place.Space
     overwrite: bool
+
+    @property
+    def download_bytes(self) -> int:
+        """How much has to be downloaded before the run."""
+        return download_bytes(self.wanted)
 
     @property
     def command(self) -> str:
@@ -108,12 +119,13 @@ def prepare(
         UipeMergeError: Whatever is wrong with the inputs or the arguments, with its exit code.
             ``require_room`` looks at the output's place and the disk.
     """
-    inputs = [path for argument in (original, unlearned) for path in locations(argument)]
-    for path in inputs:
-        open_folder(path)  # before the output, so that a missing input is what is reported
-    target = place.resolve(output, inputs)
+    # Before the output is looked at, so that a missing input is what is reported.
+    sides = open_folders(original, unlearned)
+    folders = [folder for side in sides for folder in side]
+    local = [folder.location for folder in folders if isinstance(folder, LocalFolder)]
+    target = place.resolve(output, local)
     with _collector_paused():
-        pair = open_pair(original, unlearned, allow_pickle=allow_pickle, dequantize=dequantize)
+        pair = open_pair(*sides, allow_pickle=allow_pickle, dequantize=dequantize)
         refuse_swapped(*pair, base_models(card_metadata(pair.original)))
         pairing = match(*pair, recipe.on_mismatch)
         pairing.require_match(*pair)
@@ -126,8 +138,18 @@ def prepare(
     needed = plan.write_bytes + sum(sidecar.size for sidecar in sidecars)
     files = len(plan.shards) + len(sidecars) + 8  # index, card, manifest, journal, lock, …
     space = place.measure(target.parent, needed, files)
-    arguments = (os.fspath(original), os.fspath(unlearned))
-    return Job(plan, pair, sidecars, target, arguments, os.fspath(output), space, overwrite)
+    first, second = ("+".join(folder.location for folder in side) for side in sides)
+    return Job(
+        plan=plan,
+        pair=pair,
+        sidecars=sidecars,
+        wanted=wanted(plan, pair, sidecars),
+        output=target,
+        arguments=(first, second),
+        named=os.fspath(output),
+        space=space,
+        overwrite=overwrite,
+    )
 
 
 def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress) -> MergeReport:
@@ -144,6 +166,7 @@ def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress
         CorruptInputError: An input changed or ended early.
         OutputError: The disk refused something, or another command's run is in the way.
         OutputLockedError: Another run is writing this output.
+        RemoteError: What has to be downloaded first cannot be had.
     """
     from uipe_merge.engine import require_unchanged, write_shards  # imports numpy
 
@@ -154,6 +177,7 @@ def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress
     except OutputError:
         tidy(staging.partial)
         raise
+    fetch(job.wanted, job.pair)
     identity = _identity(job)
     with hold(staging.partial):
         if staging.was_published(identity):
@@ -214,7 +238,7 @@ def require_room(job: Job) -> None:
 
     Raises:
         OutputError: Something is at the output path that may not be replaced, or bytes, files
-            or the size a file may have do not suffice.
+            or the size a file may have do not suffice, there or for what is downloaded.
     """
     staging = Staging(LocalFileSystem(), job.output)
     nbytes = files = 0
@@ -226,6 +250,7 @@ def require_room(job: Job) -> None:
     place.require_replaceable(job.output, job.named, overwrite=job.overwrite)
     left = job.space._replace(needed=job.space.needed - nbytes, files=job.space.files - files)
     place.require(left, job.output.parent, max(shard.size for shard in job.plan.shards))
+    require_download_room(job.wanted, job.output.parent, left.needed)
 
 
 def require_startable(job: Job) -> None:
@@ -295,6 +320,7 @@ def _write_rest(
                         "size": shard.stamp.size,
                         "mtime_ns": shard.stamp.mtime_ns,
                         "header_sha256": shard.header_sha256,
+                        **({"tag": shard.stamp.tag} if shard.stamp.tag else {}),
                     }
                     for shard in checkpoint.shards
                 ],

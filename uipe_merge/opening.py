@@ -1,7 +1,8 @@
 """From the two arguments to two checkpoints, whatever they name.
 
-An argument is a directory with a model, a directory with an adapter (which is applied to
-ORIGINAL), or ``MODEL+ADAPTER``: a model and an adapter on it, for either side.
+An argument is a model, an adapter (which is applied to ORIGINAL), or ``MODEL+ADAPTER``: a
+model and an adapter on it, for either side. Each is a directory, or where there is none of
+that name the id of a repository on a hub: ``ORG/NAME`` or ``ORG/NAME@REVISION``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uipe_merge.checkpoint.adapter import is_adapter, open_adapter
+from uipe_merge.checkpoint.hub import HubFolder, parse_id
 from uipe_merge.checkpoint.model import Checkpoint, open_checkpoint
 from uipe_merge.checkpoint.storage import LocalFolder
 from uipe_merge.errors import IncompatibleModelsError
@@ -19,43 +21,67 @@ from uipe_merge.reader import Pair
 
 if TYPE_CHECKING:
     from uipe_merge.checkpoint.header import KnownHeaders
+    from uipe_merge.checkpoint.hub import HubId
     from uipe_merge.checkpoint.storage import Folder
 
 PathLike = str | os.PathLike[str]
 
 
 def locations(argument: PathLike) -> list[str]:
-    """Return the directories that an argument names: one, or a model and its adapter."""
+    """Return the directories or ids that an argument names: one, or a model and its adapter."""
     text = os.fspath(argument)
     if Path(text).is_dir():  # a directory may have a plus in its name
         return [text]
     for plus in re.finditer(r"\+", text):
         model, adapter = text[: plus.start()], text[plus.end() :]
-        if Path(model).is_dir() and adapter:
+        if adapter and (Path(model).is_dir() or _hub_id(model)):
             return [model, adapter]
     return [text]
 
 
 def open_folder(location: str) -> Folder:
-    """Return the folder that one location names: a directory.
+    """Return the folder that one location names: a directory, or a repository on a hub.
 
     Raises:
         UsageError: There is no such directory.
+        RemoteError: The hub does not give the repository.
     """
-    return LocalFolder(location)
+    named = _hub_id(location)
+    return LocalFolder(location) if named is None else HubFolder(named)
+
+
+def open_folders(*arguments: PathLike) -> list[list[Folder]]:
+    """Return the folders that each argument names.
+
+    A location is opened once, so that a repository named in two of them is one commit.
+
+    Raises:
+        UsageError: There is no such directory.
+        RemoteError: The hub does not give a repository.
+    """
+    opened: dict[str, Folder] = {}
+    for location in (each for argument in arguments for each in locations(argument)):
+        if location not in opened:
+            opened[location] = open_folder(location)
+    return [[opened[location] for location in locations(argument)] for argument in arguments]
 
 
 def open_pair(
-    original: PathLike,
-    unlearned: PathLike,
+    original: list[Folder],
+    unlearned: list[Folder],
     *,
     allow_pickle: bool = False,
     dequantize: bool = False,
 ) -> Pair:
     """Open both checkpoints, sharing what their headers have in common.
 
+    Args:
+        original: The folders of the first argument, from ``open_folders``.
+        unlearned: Those of the second.
+        allow_pickle: Read ``pytorch_model*.bin`` where there is no safetensors file.
+        dequantize: Read block-scaled FP8.
+
     Raises:
-        UsageError: A directory does not exist.
         UipeMergeError: A checkpoint cannot be read, with its exit code.
     """
     known: KnownHeaders = {}
@@ -66,16 +92,15 @@ def open_pair(
 
 
 def _open(
-    argument: PathLike,
+    folders: list[Folder],
     base: Checkpoint | None,
     known: KnownHeaders,
     *,
     allow_pickle: bool,
     dequantize: bool,
 ) -> Checkpoint:
-    paths = locations(argument)
-    folder = open_folder(paths[0])
-    if len(paths) == 1 and is_adapter(folder.names()):
+    folder, *adapters = folders
+    if not adapters and is_adapter(folder.names()):
         if base is None:
             raise IncompatibleModelsError(
                 "is a PEFT adapter, not a whole model",
@@ -84,6 +109,11 @@ def _open(
             )
         return open_adapter(folder, base, allow_pickle=allow_pickle)
     checkpoint = open_checkpoint(folder, known, allow_pickle=allow_pickle, dequantize=dequantize)
-    if len(paths) == 1:
-        return checkpoint
-    return open_adapter(open_folder(paths[1]), checkpoint, allow_pickle=allow_pickle)
+    for adapter in adapters:
+        checkpoint = open_adapter(adapter, checkpoint, allow_pickle=allow_pickle)
+    return checkpoint
+
+
+def _hub_id(location: str) -> HubId | None:
+    """Return the hub id that a location is, unless something of that name is here."""
+    return None if os.path.lexists(location) else parse_id(location)

@@ -24,6 +24,7 @@ from uipe_merge.checkpoint.factors import (
     matrix_factor,
     parameter_factors,
 )
+from uipe_merge.checkpoint.hub import unpinned
 from uipe_merge.checkpoint.model import (
     PICKLED,
     SAFETENSORS,
@@ -318,7 +319,7 @@ def _choose(folder: Folder, names: list[str], *, allow_pickle: bool) -> tuple[st
 
 
 def _base_warning(folder: Folder, named: str, base: Checkpoint) -> list[str]:
-    ours = base.location.rstrip("/")
+    ours = unpinned(base.location).rstrip("/")
     if not named or named.rstrip("/").split("/")[-1] == ours.split("/")[-1]:
         return []
     return [

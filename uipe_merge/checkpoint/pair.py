@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from uipe_merge.checkpoint import experts
 from uipe_merge.checkpoint.decisions import FLAG, Decision, Kept, decide
+from uipe_merge.checkpoint.hub import unpinned
 from uipe_merge.errors import IncompatibleModelsError, UsageError, listed
 
 if TYPE_CHECKING:
@@ -194,8 +195,9 @@ def refuse_swapped(original: Checkpoint, unlearned: Checkpoint, base_models: lis
         UsageError: The two arguments look swapped.
     """
     named = {*base_models, str(original.config.get("_name_or_path", ""))}
-    own = {unlearned.location.rstrip("/"), PurePath(unlearned.location).name}
-    if claimed := named & own - {"", ".", PurePath(original.location).name}:
+    own = unpinned(unlearned.location).rstrip("/")
+    other = PurePath(unpinned(original.location)).name
+    if claimed := named & {own, PurePath(own).name} - {"", ".", other}:
         raise UsageError(
             f"says that it was made from {min(claimed)}, which was given as UNLEARNED",
             file=original.location,

@@ -1,8 +1,8 @@
 """The reading seam: a folder of files that can be read at any offset.
 
 ``Folder`` and ``InputFile`` are all the rest of the program knows about where a checkpoint
-lives. ``LocalFolder`` is the one for directories; a hub snapshot or a bucket is another
-implementation of the same two protocols.
+lives. ``LocalFolder`` is the one for directories, ``hub.HubFolder`` the one for repositories;
+a bucket is another implementation of the same two protocols.
 
 A local file is opened by ``open_file`` only after it was looked at: it must be a regular
 file (a FIFO or a device would hang or never end) and must not leave its directory by a
@@ -16,7 +16,7 @@ import errno
 import os
 import stat
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from uipe_merge.errors import (
     CorruptInputError,
@@ -25,6 +25,9 @@ from uipe_merge.errors import (
     UnsafeInputError,
     UsageError,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 class Stamp(NamedTuple):
@@ -39,6 +42,20 @@ class Stamp(NamedTuple):
     size: int
     mtime_ns: int
     tag: str = ""
+
+
+class Absent(NamedTuple):
+    """What has to be downloaded before it can be read whole.
+
+    Attributes:
+        names: The files.
+        nbytes: Their bytes.
+        directory: Below which they will be put.
+    """
+
+    names: list[str]
+    nbytes: int
+    directory: str
 
 
 class InputFile(Protocol):
@@ -83,8 +100,22 @@ class Folder(Protocol):
             OutputError: Permission denied, or another system error.
         """
 
+    def absent(self, names: Iterable[str]) -> Absent:
+        """Return which of these files ``fetch`` would have to download."""
 
-_HIDDEN = (".git", ".cache")
+    def fetch(self, names: Iterable[str]) -> None:
+        """Download what is absent of these files, which are going to be read whole.
+
+        Raises:
+            RemoteError: A file cannot be had.
+            CorruptInputError: One did not arrive as it should be.
+            OutputError: The disk refuses it.
+        """
+
+
+HIDDEN = (".git", ".cache")
+"""Directories of a checkpoint that are none of its own."""
+
 _DEEPEST = 8  # a model directory is flat; this only bounds a hostile tree
 
 
@@ -106,8 +137,7 @@ class LocalFolder:
             raise UsageError(
                 "no such directory",
                 file=self._location,
-                remedy="name a local checkpoint directory (for a hub id, download it first: "
-                "`hf download ORG/NAME --local-dir DIR`)",
+                remedy="name a checkpoint directory, or ORG/NAME or ORG/NAME@REVISION on a hub",
             ) from None
         except OSError as error:
             raise system_error(error, self._location) from None
@@ -135,7 +165,7 @@ class LocalFolder:
             subdirectories[:] = sorted(
                 name
                 for name in subdirectories
-                if name not in _HIDDEN and len(relative.parts) < _DEEPEST
+                if name not in HIDDEN and len(relative.parts) < _DEEPEST
             )
             found += [(relative / name).as_posix() for name in files]
         return sorted(found)
@@ -166,6 +196,14 @@ class LocalFolder:
             if error.errno == errno.ELOOP:
                 raise CorruptInputError("is a link to itself", file=shown) from None
             raise system_error(error, shown) from None
+
+    def absent(self, names: Iterable[str]) -> Absent:
+        """Return nothing: all is here."""
+        del names
+        return Absent([], 0, self._location)
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Do nothing: all is here."""
 
     def _in_hub_cache(self, target: Path) -> bool:
         # .../models--ORG--NAME/snapshots/COMMIT/file -> .../models--ORG--NAME/blobs/HASH

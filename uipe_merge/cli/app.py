@@ -91,6 +91,8 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _interrupt)
+    # The hub's client would log every try again, with addresses that may be signed.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     code = _run(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         try:

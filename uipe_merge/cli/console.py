@@ -39,6 +39,8 @@ class Output:
         self, *, quiet: bool = False, verbose: bool = False, as_json: bool = False
     ) -> None:
         """Open both consoles; rich honours NO_COLOR and drops colours in a pipe."""
+        if quiet:  # the hub's client has progress bars of its own
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         self.quiet = quiet
         self.verbose = verbose
         self.as_json = as_json

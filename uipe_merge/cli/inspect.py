@@ -16,10 +16,17 @@ if TYPE_CHECKING:
 
 def inspect(
     original: Annotated[
-        str, typer.Argument(metavar="ORIGINAL", help="Directory of the original checkpoint θ₀.")
+        str,
+        typer.Argument(
+            metavar="ORIGINAL",
+            help="The original checkpoint θ₀: a directory, or ORG/NAME@REVISION.",
+        ),
     ],
     unlearned: Annotated[
-        str, typer.Argument(metavar="UNLEARNED", help="Directory of the unlearned checkpoint θᵤ.")
+        str,
+        typer.Argument(
+            metavar="UNLEARNED", help="The unlearned checkpoint θᵤ, likewise; or an adapter."
+        ),
     ],
     alphas: Annotated[
         list[float] | None,

@@ -21,10 +21,17 @@ _LISTED_ALPHAS = 5
 
 def merge(
     original: Annotated[
-        str, typer.Argument(metavar="ORIGINAL", help="Directory of the original checkpoint θ₀.")
+        str,
+        typer.Argument(
+            metavar="ORIGINAL",
+            help="The original checkpoint θ₀: a directory, or ORG/NAME@REVISION.",
+        ),
     ],
     unlearned: Annotated[
-        str, typer.Argument(metavar="UNLEARNED", help="Directory of the unlearned checkpoint θᵤ.")
+        str,
+        typer.Argument(
+            metavar="UNLEARNED", help="The unlearned checkpoint θᵤ, likewise; or an adapter."
+        ),
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="Directory to make.")],
     alpha: Annotated[
@@ -153,6 +160,7 @@ def _show_plan(out: Output, job: Job, threads: int) -> None:
                 "shards": len(plan.shards),
                 "read_bytes": plan.read_bytes,
                 "write_bytes": plan.write_bytes,
+                "download_bytes": job.download_bytes,
                 "sidecars": [sidecar.name for sidecar in job.sidecars],
                 "free_bytes": job.space.free,
                 "peak_memory_bytes": peak,
@@ -173,6 +181,7 @@ def _show_plan(out: Output, job: Job, threads: int) -> None:
         ("output", f"{job.output} ({len(plan.shards)} shards, {len(job.sidecars)} other files)"),
         ("read", size(plan.read_bytes)),
         ("write", size(plan.write_bytes)),
+        *([("download first", size(job.download_bytes))] if job.download_bytes else []),
         ("free disk", free),
         ("peak memory", f"{size(peak)} with {threads} threads"),
         ("arithmetic", "compiled" if native.COMPILED else "torch; slower, the same bytes"),

@@ -6,6 +6,7 @@ import re
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from uipe_merge.checkpoint.hub import unpinned
 from uipe_merge.checkpoint.storage import read_document
 from uipe_merge.errors import OutputError, UipeMergeError
 
@@ -31,7 +32,9 @@ _CACHE = re.compile(r"models--(.+?)--(.+)")
 
 
 def hub_id(location: str) -> str | None:
-    """Return the Hub id that a path of the Hub's cache tells."""
+    """Return the Hub id that a location is, or that a path of the Hub's cache tells."""
+    if (named := unpinned(location)) != location:
+        return named
     for part in PurePath(location).parts:
         if match := _CACHE.fullmatch(part):
             return f"{match[1]}/{match[2]}"
@@ -39,7 +42,7 @@ def hub_id(location: str) -> str | None:
 
 
 def model_id(location: str) -> str:
-    """Return the Hub id that a path of the Hub's cache tells, else the directory's name."""
+    """Return the Hub id that a location is or a path of the Hub's cache tells, else its name."""
     return hub_id(location) or PurePath(location).name or location
 
 
