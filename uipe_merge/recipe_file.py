@@ -90,7 +90,7 @@ def write_recipe(recipe: Recipe) -> str:
     document |= {"rounding": recipe.rounding, "seed": recipe.seed}
     if recipe.max_shard_bytes is not None:
         document["max_shard_size"] = recipe.max_shard_bytes
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(document, sort_keys=False)
 
 
 def _recipe(document: object) -> Recipe:
