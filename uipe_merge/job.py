@@ -14,16 +14,19 @@ from typing import TYPE_CHECKING
 from uipe_merge._version import __version__
 from uipe_merge.checkpoint.index import INDEX_NAME
 from uipe_merge.checkpoint.pair import match, refuse_swapped
+from uipe_merge.checkpoint.urls import RemoteFolder, is_url, local
 from uipe_merge.errors import CorruptInputError, NumericError, OutputError, listed
-from uipe_merge.opening import locations, open_folder, open_pair
-from uipe_merge.output import place
+from uipe_merge.opening import is_remote, locations, open_folder, open_pair
+from uipe_merge.output import bucket, place
+from uipe_merge.output.bucket import BucketStaging
 from uipe_merge.output.card import CARD_NAME, base_models, card_metadata, encode_card
 from uipe_merge.output.filesystem import LocalFileSystem, write_document
 from uipe_merge.output.lock import hold, tidy
 from uipe_merge.output.manifest import MANIFEST_NAME, FileRecord, encode_manifest, record_of
 from uipe_merge.output.sidecars import Edits, Sidecar, copy_sidecar, plan_sidecars
 from uipe_merge.output.staging import Staging
-from uipe_merge.plan import NUMERICS, Plan, make_plan
+from uipe_merge.plan import BLOCK, CELL, NUMERICS, Plan, make_plan
+from uipe_merge.reader import widest_input
 from uipe_merge.report import MergeReport, Summary, Sums, summarise, tensor_record
 
 if TYPE_CHECKING:
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]
 
+_REMOTE_BLOCK = 4 * 2**20  # bytes: eight threads with three of them stay far below 512 MiB
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -48,7 +53,8 @@ class Job:
         plan: What will be done to every tensor.
         pair: The two checkpoints.
         sidecars: The files that go beside the weights.
-        output: The real path of the output.
+        output: The real path of the output; for a URL, where it is made before it goes there.
+        folder: Where an output by URL goes.
         arguments: The two inputs as the user named them.
         named: The output as the user named it.
         space: What the disk needs and has.
@@ -59,6 +65,7 @@ class Job:
     pair: Pair
     sidecars: list[Sidecar]
     output: Path
+    folder: RemoteFolder | None
     arguments: tuple[str, str]
     named: str
     space: place.Space
@@ -78,6 +85,27 @@ class Job:
             words.append("--allow-pickle")
         return shlex.join(words)
 
+    @property
+    def remote(self) -> bool:
+        """Whether it reads or writes over a network."""
+        return self.folder is not None or any(map(is_remote, self.arguments))
+
+    @property
+    def block(self) -> int:
+        """How many elements are read at a time: over a network more, up to some bytes."""
+        if not any(map(is_remote, self.arguments)):
+            return BLOCK
+        return max(_REMOTE_BLOCK // widest_input(self.plan) // CELL * CELL, CELL)
+
+    def staging(self, filesystem: FileSystem) -> Staging:
+        """Return where the output is built."""
+        if self.folder is None:
+            return Staging(filesystem, self.output)
+        names = [shard.name for shard in self.plan.shards]
+        names += [sidecar.name for sidecar in self.sidecars]
+        planned = frozenset([*names, CARD_NAME, INDEX_NAME, MANIFEST_NAME])
+        return BucketStaging(filesystem, self.folder, planned)
+
 
 def prepare(
     original: PathLike,
@@ -95,9 +123,16 @@ def prepare(
             ``require_room`` looks at the output's place and the disk.
     """
     inputs = [path for argument in (original, unlearned) for path in locations(argument)]
-    for path in inputs:
-        open_folder(path)  # before the output, so that a missing input is what is reported
-    target = place.resolve(output, inputs)
+    # Before the output, so that a missing input is what is reported.
+    sources = [open_folder(path) for path in inputs]
+    named = local(os.fspath(output))
+    folder = None
+    if is_url(named):
+        remote = [source for source in sources if isinstance(source, RemoteFolder)]
+        folder = bucket.resolve(named, remote)
+        target = bucket.workplace(folder)
+    else:
+        target = place.resolve(named, (local(path) for path in inputs if not is_url(path)))
     with _collector_paused():
         pair = open_pair(original, unlearned, allow_pickle=allow_pickle)
         refuse_swapped(*pair, base_models(card_metadata(pair.original)))
@@ -105,11 +140,19 @@ def prepare(
         pairing.require_match(*pair)
         plan = make_plan(*pair, pairing, recipe)
     sidecars = plan_sidecars(*pair)
-    needed = plan.write_bytes + sum(sidecar.size for sidecar in sidecars)
-    files = len(plan.shards) + len(sidecars) + 8  # index, card, manifest, journal, lock, …
-    space = place.measure(target.parent, needed, files)
+    space = _space(plan, sidecars, target, delivered=folder is not None)
     arguments = (os.fspath(original), os.fspath(unlearned))
-    return Job(plan, pair, sidecars, target, arguments, os.fspath(output), space, overwrite)
+    return Job(plan, pair, sidecars, target, folder, arguments, named, space, overwrite)
+
+
+def _space(plan: Plan, sidecars: list[Sidecar], target: Path, *, delivered: bool) -> place.Space:
+    """Measure the disk; of an output that is delivered elsewhere it holds a few shards only."""
+    shards = sorted((shard.size for shard in plan.shards), reverse=True)
+    if delivered:
+        shards = shards[: bucket.IN_HAND]
+    needed = sum(shards) + sum(sidecar.size for sidecar in sidecars)
+    files = len(shards) + len(sidecars) + 8  # index, card, manifest, journal, lock, …
+    return place.measure(bucket.existing(target.parent), needed, files)
 
 
 def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress) -> MergeReport:
@@ -130,13 +173,14 @@ def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress
     from uipe_merge.engine import require_unchanged, write_shards  # imports numpy
 
     began = time.monotonic()
-    staging = Staging(filesystem, job.output)
+    staging = job.staging(filesystem)
     try:
         require_room(job)
     except OutputError:
         tidy(staging.partial)
         raise
     identity = _identity(job)
+    staging.prepare()
     with hold(staging.partial):
         if staging.was_published(identity):
             records = staging.journal.shards()
@@ -144,14 +188,22 @@ def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress
             staging.settle()
         else:
             staging.restore()
-            place.require_replaceable(job.output, job.named, overwrite=job.overwrite)
+            staging.require_replaceable(job.named, overwrite=job.overwrite)
             staging.begin(identity, overwrite=job.overwrite)
             resumed = len(staging.done)
             try:
-                records = write_shards(job.plan, job.pair, staging, filesystem, executor, progress)
+                records = write_shards(
+                    job.plan,
+                    job.pair,
+                    staging,
+                    filesystem,
+                    executor,
+                    progress,
+                    block=job.block,
+                )
                 require_unchanged(job.pair)
             except (NumericError, CorruptInputError):
-                staging.clean()  # it would fail again: there is nothing to go on with
+                staging.discard()  # it would fail again: there is nothing to go on with
                 raise
             finally:
                 progress.close()
@@ -159,7 +211,7 @@ def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress
             staging.publish(overwrite=job.overwrite)
     summary, tensors = _results(job.plan, records)
     return MergeReport(
-        output=job.output,
+        output=job.output if job.folder is None else job.folder.location,
         summary=summary,
         tensors=tensors,
         warnings=[*job.plan.warnings, *_kept_warnings(tensors), *summary.warnings()],
@@ -198,14 +250,14 @@ def require_room(job: Job) -> None:
         OutputError: Something is at the output path that may not be replaced, or bytes, files
             or the size a file may have do not suffice.
     """
-    staging = Staging(LocalFileSystem(), job.output)
+    staging = job.staging(LocalFileSystem())
     nbytes = files = 0
     if staging.partial.exists():
         identity = _identity(job)
         if staging.was_published(identity):
             return
         nbytes, files = staging.held(identity)
-    place.require_replaceable(job.output, job.named, overwrite=job.overwrite)
+    staging.require_replaceable(job.named, overwrite=job.overwrite)
     left = job.space._replace(needed=job.space.needed - nbytes, files=job.space.files - files)
     place.require(left, job.output.parent, max(shard.size for shard in job.plan.shards))
 
@@ -218,7 +270,7 @@ def require_startable(job: Job) -> None:
     """
     require_room(job)
     if not job.overwrite:
-        Staging(LocalFileSystem(), job.output).require_own(_identity(job))
+        job.staging(LocalFileSystem()).require_own(_identity(job))
 
 
 def _identity(job: Job) -> dict[str, object]:
@@ -268,6 +320,7 @@ def _write_rest(
                         "name": shard.name,
                         "size": shard.stamp.size,
                         "mtime_ns": shard.stamp.mtime_ns,
+                        **({"tag": shard.stamp.tag} if shard.stamp.tag else {}),
                         "header_sha256": shard.header_sha256,
                     }
                     for shard in checkpoint.shards

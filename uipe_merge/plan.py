@@ -48,6 +48,7 @@ NUMERICS = 1
 
 _BASE_MEMORY = 60_000_000  # the interpreter and what it imports, measured
 _TORCH_MEMORY = 190_000_000  # what importing torch adds
+_NETWORK_MEMORY = 100_000_000  # the libraries of an object store, and an upload
 _NAME_MEMORY = 1_500  # bytes a planned tensor holds, measured on 100 k tensors
 
 
@@ -173,16 +174,28 @@ class Plan(NamedTuple):
             counts[step.operation] = (tensors + 1, nbytes + step.nbytes)
         return counts
 
-    def peak_memory(self, threads: int, *, torch: bool) -> int:
-        """Return an upper estimate of the resident bytes of a run, with torch or without."""
+    def peak_memory(
+        self, threads: int, *, torch: bool, block: int = BLOCK, remote: bool = False
+    ) -> int:
+        """Return an upper estimate of the resident bytes of a run.
+
+        Args:
+            threads: Threads that work on blocks.
+            torch: Whether torch will be imported.
+            block: Elements read at a time.
+            remote: Whether a network is read from or written to.
+        """
         widest = max((step.source.dtype.bits // 8 for step in self.steps), default=0)
-        # Per thread: two input blocks, one output block, the cells of the arithmetic, and an
+        # Per thread: two input blocks, one output block (over a network, two more of what just came
+        # in), the cells of the arithmetic, and an
         # adapter's factors with room for a wider type and a transposed copy.
         worker = (
-            3 * BLOCK * widest + 5 * CELL * 8 + 4 * max(map(_factor_bytes, self.steps), default=0)
+            (5 if remote else 3) * block * widest
+            + 5 * CELL * 8
+            + 4 * max(map(_factor_bytes, self.steps), default=0)
         )
         tensors = sum(len(shard.steps) for shard in self.shards)
-        base = _BASE_MEMORY + (_TORCH_MEMORY if torch else 0)
+        base = _BASE_MEMORY + (_TORCH_MEMORY if torch else 0) + (_NETWORK_MEMORY if remote else 0)
         return base + threads * worker + tensors * _NAME_MEMORY
 
     def fingerprint(self) -> str:

@@ -84,7 +84,9 @@ class Folder(Protocol):
         """
 
 
-_HIDDEN = (".git", ".cache")
+HIDDEN = (".git", ".cache")
+"""Directories inside a checkpoint that are no part of it."""
+
 _DEEPEST = 8  # a model directory is flat; this only bounds a hostile tree
 
 
@@ -135,7 +137,7 @@ class LocalFolder:
             subdirectories[:] = sorted(
                 name
                 for name in subdirectories
-                if name not in _HIDDEN and len(relative.parts) < _DEEPEST
+                if name not in HIDDEN and len(relative.parts) < _DEEPEST
             )
             found += [(relative / name).as_posix() for name in files]
         return sorted(found)

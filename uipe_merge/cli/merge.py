@@ -16,10 +16,14 @@ if TYPE_CHECKING:
 
 def merge(
     original: Annotated[
-        str, typer.Argument(metavar="ORIGINAL", help="Directory of the original checkpoint θ₀.")
+        str,
+        typer.Argument(metavar="ORIGINAL", help="Directory or URL of the original checkpoint θ₀."),
     ],
     unlearned: Annotated[
-        str, typer.Argument(metavar="UNLEARNED", help="Directory of the unlearned checkpoint θᵤ.")
+        str,
+        typer.Argument(
+            metavar="UNLEARNED", help="Directory or URL of the unlearned checkpoint θᵤ."
+        ),
     ],
     alpha: Annotated[
         float,
@@ -27,7 +31,7 @@ def merge(
             "--alpha", "-a", help="α: 0 is the unlearned model, −1 the original, 2 adds 2·v."
         ),
     ],
-    output: Annotated[str, typer.Option("--output", "-o", help="Directory to make.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Directory or URL to make.")],
     dtype: Annotated[
         str, typer.Option(help="auto keeps each tensor's; or float32, bfloat16, float16.")
     ] = "auto",
@@ -68,7 +72,7 @@ def merge(
         overwrite=overwrite,
         allow_pickle=allow_pickle,
     )
-    executor = make_executor(threads)
+    executor = make_executor(threads, remote=prepared.remote)
     if dry_run:
         _show_plan(out, prepared, executor.width)
         job.require_startable(prepared)
@@ -80,7 +84,9 @@ def merge(
 def _show_plan(out: Output, job: Job, threads: int) -> None:
     plan = job.plan
     operations = plan.operations()
-    peak = plan.peak_memory(threads, torch=not native.suffices(plan))
+    peak = plan.peak_memory(
+        threads, torch=not native.suffices(plan), block=job.block, remote=job.remote
+    )
     if out.as_json:
         out.data(
             {
@@ -107,7 +113,10 @@ def _show_plan(out: Output, job: Job, threads: int) -> None:
     out.line("")
     free = "unknown" if job.space.free is None else size(job.space.free)
     rows = [
-        ("output", f"{job.output} ({len(plan.shards)} shards, {len(job.sidecars)} other files)"),
+        (
+            "output",
+            f"{job.output if job.folder is None else job.named} ({len(plan.shards)} shards, {len(job.sidecars)} other files)",
+        ),
         ("read", size(plan.read_bytes)),
         ("write", size(plan.write_bytes)),
         ("free disk", free),

@@ -1,0 +1,330 @@
+"""Checkpoints by URL: object stores and mounts, read and written through fsspec.
+
+A ``RemoteFolder`` is what lies under one URL. Every request goes through ``_Store.ask``, which
+tries again what may pass (a connection that was cut, a timeout, 429, 5xx) and turns what stays
+into one line. What a backend says is never shown: it may hold a signed request.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import random
+import re
+import time
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+from uipe_merge.checkpoint.storage import HIDDEN, Stamp
+from uipe_merge.errors import CorruptInputError, RemoteError, UnsafeInputError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+Result = TypeVar("Result")
+System: TypeAlias = Any  # an fsspec file system: the library has no types
+
+PIECE = 8 * 2**20
+"""Bytes of an object that are in memory at once where it is copied or hashed."""
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9.-]*)://(.*)", re.DOTALL)
+_TRIES = 5
+_FIRST_WAIT = 0.3  # seconds at most, doubled from try to try
+_PATIENCE = 60.0  # seconds after which nothing is tried again
+_MOST_PARTS = 9_000  # S3 takes 10 000
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+# We try again ourselves, and see changes: the libraries need not do either once more.
+_OPTIONS: dict[str, dict[str, object]] = {
+    "s3": {"config_kwargs": {"retries": {"max_attempts": 0}}},
+    "s3a": {"config_kwargs": {"retries": {"max_attempts": 0}}},
+}
+# Not ten pieces of 50 MB at once.
+_PUT: dict[str, dict[str, int]] = {"s3": {"chunksize": PIECE, "max_concurrency": 1}}
+# What stores call the version of an object, the surest first; the time is the last resort.
+_TAGS = ("ETag", "etag", "generation", "blob_id", "content_md5", "md5Hash", "checksum")
+_TIMES = ("LastModified", "last_modified", "updated", "mtime", "modified", "created")
+
+
+def is_url(location: str) -> bool:
+    """Tell whether a location is a URL of something else than this machine's files."""
+    match = _URL.match(location)
+    return match is not None and match[1].lower() != "file"
+
+
+def local(location: str) -> str:
+    """Return a location without ``file://``."""
+    match = _URL.match(location)
+    return match[2] if match is not None and match[1].lower() == "file" else location
+
+
+class RemoteFolder:
+    """The objects under one URL."""
+
+    def __init__(self, location: str) -> None:
+        """Connect to nothing yet.
+
+        Raises:
+            UsageError: The URL holds credentials or names no folder, or its scheme is unknown or needs a package.
+        """
+        match = _URL.match(location)
+        assert match is not None  # noqa: S101 - asked with is_url
+        self.location = location.rstrip("/")
+        authority = match[2].split("/")[0]
+        if "@" in authority or "?" in location or "#" in location:
+            raise UsageError(
+                "holds credentials or a query, which would end up in logs and in the output",
+                file=f"{match[1]}://{authority.rpartition('@')[2].split('?')[0].split('#')[0]}/…",
+                remedy="name the bare URL and give credentials by the environment or the store's "
+                "configuration file",
+            )
+        if not match[2].strip("/"):
+            raise UsageError("names no folder", file=location, remedy="name one in the store")
+        self._store = _Store(match[1].lower(), self.location)
+        self._root = self._store.path(self.location)
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """Kind of store and path in it: equal for two URLs of one place."""
+        return self._store.kind, self._root
+
+    def names(self) -> list[str]:
+        """Sorted relative names of all objects, hidden trees left out."""
+        return sorted(self.stamps())
+
+    def stamps(self) -> dict[str, Stamp]:
+        """Return size and tag of every object, by its relative name, from one listing.
+
+        Raises:
+            RemoteError: The store refuses or cannot be reached.
+            UnsafeInputError: A name would leave the folder where it is copied to.
+        """
+        listing = self._store.ask_for(
+            self.location, lambda system: system.find(self._root, detail=True)
+        )
+        found: dict[str, Stamp] = {}
+        for path, info in (listing or {}).items():
+            name = path.removeprefix(f"{self._root}/")
+            # Consoles mark a "directory" by an empty object whose name ends in a slash.
+            if not path.startswith(f"{self._root}/") or name.endswith("/") or _hidden(name):
+                continue
+            if not {"", ".", ".."}.isdisjoint(name.split("/")) or "\0" in name:
+                raise UnsafeInputError(
+                    f"holds '{name}', which is no name of a file",
+                    file=self.location,
+                    remedy="remove that object",
+                )
+            found[name] = _stamp(info)
+        return found
+
+    def open_file(self, name: str) -> RemoteFile:
+        """Look one object up, and return it for reading.
+
+        Raises:
+            CorruptInputError: There is none of that name.
+            RemoteError: The store refuses or cannot be reached.
+        """
+        shown, path = f"{self.location}/{name}", f"{self._root}/{name}"
+        info = self._store.ask_for(shown, lambda system: system.info(path))
+        if info is None:
+            raise CorruptInputError(
+                "no such file", file=shown, remedy="upload the checkpoint again"
+            )
+        if info["type"] == "directory":
+            raise CorruptInputError("is a directory, not a regular file", file=shown)
+        return RemoteFile(self._store, path, shown, _stamp(info))
+
+    def upload(self, name: str, source: Path) -> None:
+        """Store a local file under ``name``, a piece at a time where it is large.
+
+        Raises:
+            RemoteError: The store refuses or cannot be reached.
+        """
+        path, options = f"{self._root}/{name}", dict(_PUT.get(self._store.kind, {}))
+        if options:  # so many parts, and no more, may an object of S3 have
+            options["chunksize"] = max(PIECE, source.stat().st_size // _MOST_PARTS)
+        self._store.ask(
+            f"{self.location}/{name}",
+            lambda system: system.put_file(str(source), path, **options),
+        )
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove objects, one after the other; what is missing is fine."""
+        for name in names:
+            shown, path = f"{self.location}/{name}", f"{self._root}/{name}"
+            self._store.ask_for(shown, functools.partial(_remove, path))
+
+    def hash(self, name: str) -> tuple[int, str, Stamp] | None:
+        """Read an object back: size, hex SHA-256, stamp; ``None`` where there is none."""
+        try:
+            file = self.open_file(name)
+        except CorruptInputError:
+            return None
+        digest = hashlib.sha256()
+        buffer = memoryview(bytearray(min(PIECE, file.stamp.size)))
+        for start in range(0, file.stamp.size, PIECE):
+            piece = buffer[: min(PIECE, file.stamp.size - start)]
+            file.read_into(piece, start)
+            digest.update(piece)
+        return file.stamp.size, digest.hexdigest(), file.stamp
+
+
+class RemoteFile:
+    """One object, read by ranges."""
+
+    def __init__(self, store: _Store, path: str, shown: str, stamp: Stamp) -> None:
+        """Remember where it is; ``shown`` is its name in messages."""
+        self.path = shown
+        self.stamp = stamp
+        self._store = store
+        self._path = path
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` from ``offset``; what came before a cut is not asked for again.
+
+        Raises:
+            CorruptInputError: The object ends before.
+            RemoteError: The store refuses, fails, or sends other bytes than those asked for.
+        """
+        if offset + len(buffer) > self.stamp.size and len(buffer):
+            raise CorruptInputError(
+                f"ends at byte {self.stamp.size}, {offset + len(buffer) - self.stamp.size} bytes "
+                "short of what its header promised",
+                file=self.path,
+                remedy="upload the checkpoint again",
+            )
+        done, end = 0, offset + len(buffer)
+        while done < len(buffer):
+            # The request must not know the buffer: what a library keeps of a failure would hold it.
+            request = functools.partial(_range, self._path, offset + done, end)
+            data = self._store.ask(self.path, request)
+            buffer[done : done + len(data)] = data
+            done += len(data)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def _range(path: str, start: int, end: int, system: System) -> bytes:
+    data: bytes = system.cat_file(path, start=start, end=end)
+    if len(data) > end - start:
+        raise _IgnoresRangesError
+    if not data:
+        raise ConnectionError
+    return data
+
+
+def _remove(path: str, system: System) -> None:
+    system.rm_file(path)
+
+
+class _IgnoresRangesError(Exception):
+    """The server sent more than the range that was asked for."""
+
+
+class _Store:
+    """One fsspec file system, asked with patience."""
+
+    def __init__(self, scheme: str, location: str) -> None:
+        import fsspec
+
+        try:
+            self._system: System = fsspec.filesystem(
+                scheme, use_listings_cache=False, **_OPTIONS.get(scheme, {})
+            )
+        except ImportError:
+            extra = _EXTRAS.get(scheme)
+            install = f"pip install 'uipe-merge[{extra}]'" if extra else "pip install"
+            raise UsageError(
+                f"needs a package for {scheme}:// that is not installed",
+                file=location,
+                remedy=f"`{install}`" if extra else "install the fsspec backend for it",
+            ) from None
+        except ValueError:
+            raise UsageError(
+                f"has the scheme {scheme}://, which is not known",
+                file=location,
+                remedy="use s3://, gs://, or another that fsspec knows",
+            ) from None
+        protocol = self._system.protocol
+        self.kind = protocol if isinstance(protocol, str) else str(protocol[0])
+
+    def path(self, location: str) -> str:
+        """Return the path of a URL in the words of the backend."""
+        return str(self._system._strip_protocol(location))  # noqa: SLF001 - fsspec has no other way
+
+    def ask(self, shown: str, request: Callable[[System], Result]) -> Result:
+        """Do a request, again where that may help; ``shown`` is what it is about.
+
+        Raises:
+            RemoteError: It was refused, or kept failing, or there is no such object.
+        """
+        try:
+            return self._attempt(shown, request)
+        except FileNotFoundError:
+            raise RemoteError(
+                "there is no such object or bucket",
+                file=shown,
+                remedy="check the URL, and create the bucket if it is missing",
+            ) from None
+
+    def ask_for(self, shown: str, request: Callable[[System], Result]) -> Result | None:
+        """Do a request as ``ask`` does; ``None`` where there is no such object."""
+        try:
+            return self._attempt(shown, request)
+        except FileNotFoundError:
+            return None
+
+    def _attempt(self, shown: str, request: Callable[[System], Result]) -> Result:
+        began = time.monotonic()
+        for attempt in itertools.count(1):
+            try:
+                return request(self._system)
+            except FileNotFoundError:
+                raise
+            except Exception as error:  # noqa: BLE001 - a backend raises whatever its library does
+                late = attempt == _TRIES or time.monotonic() - began > _PATIENCE
+                if (refusal := _refusal(error)) or late:
+                    raise _remote_error(shown, refusal, error, attempt) from None
+            # Not all at once again, where several threads were refused together.
+            time.sleep(_FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1))  # noqa: S311
+        raise AssertionError  # it counts for ever
+
+
+def _refusal(error: Exception) -> tuple[str, str] | None:
+    """Return message and remedy of a failure that trying again will not cure."""
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    if "Credential" in type(error).__name__:
+        return "no usable credentials were found", "give them by the environment (`AWS_PROFILE`, …)"
+    if isinstance(error, PermissionError) or status in (401, 403, "401", "403"):
+        return "access denied", "check the credentials and what they may do"
+    if isinstance(error, _IgnoresRangesError):
+        return "the server ignores byte ranges", "download the checkpoint first"
+    if isinstance(error, NotImplementedError):
+        return "this store cannot do that", "use a local directory and copy it"
+    return None
+
+
+def _remote_error(
+    shown: str, refusal: tuple[str, str] | None, error: Exception, tries: int
+) -> RemoteError:
+    if refusal is not None:
+        return RemoteError(refusal[0], file=shown, remedy=refusal[1])
+    return RemoteError(
+        f"the store did not do it in {tries} tries (last: {type(error).__name__})",
+        file=shown,
+        remedy="check the connection and run the same command again",
+    )
+
+
+def _stamp(info: dict[str, Any]) -> Stamp:
+    versions = (info.get(key) for key in (*_TAGS, *_TIMES))
+    tag = next((version for version in versions if version), "")
+    if isinstance(tag, datetime):  # a listing may give the same time as a number
+        tag = tag.timestamp()
+    return Stamp(int(info["size"] or 0), 0, str(tag).strip('"'))
+
+
+def _hidden(name: str) -> bool:
+    return any(part in HIDDEN for part in name.split("/")[:-1])
