@@ -186,14 +186,12 @@ class Plan(NamedTuple):
             remote: Whether a network is read from or written to.
         """
         widest = max((step.source.dtype.bits // 8 for step in self.steps), default=0)
-        # Per thread: two input blocks, one output block (over a network, two more of what just came
-        # in), the cells of the arithmetic, and an
-        # adapter's factors with room for a wider type and a transposed copy.
-        worker = (
-            (5 if remote else 3) * block * widest
-            + 5 * CELL * 8
-            + 4 * max(map(_factor_bytes, self.steps), default=0)
-        )
+        # Per thread: two input blocks and one output block (over a network, two more of what just
+        # came in), the cells of the arithmetic, and an adapter's factors with room for a wider
+        # type and a transposed copy.
+        blocks_held = 5 if remote else 3
+        factors = max(map(_factor_bytes, self.steps), default=0)
+        worker = blocks_held * block * widest + 5 * CELL * 8 + 4 * factors
         tensors = sum(len(shard.steps) for shard in self.shards)
         base = _BASE_MEMORY + (_TORCH_MEMORY if torch else 0) + (_NETWORK_MEMORY if remote else 0)
         return base + threads * worker + tensors * _NAME_MEMORY

@@ -1,45 +1,29 @@
 """Checkpoints by URL: object stores and mounts, read and written through fsspec.
 
-A ``RemoteFolder`` is what lies under one URL. Every request goes through ``_Store.ask``, which
-tries again what may pass (a connection that was cut, a timeout, 429, 5xx) and turns what stays
-into one line. What a backend says is never shown: it may hold a signed request.
+A ``RemoteFolder`` is what lies under one URL. Every request goes through ``Store.ask``.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
-import random
 import re
-import time
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from uipe_merge.checkpoint.storage import HIDDEN, Stamp
-from uipe_merge.errors import CorruptInputError, RemoteError, UnsafeInputError, UsageError
+from uipe_merge.checkpoint.store import IgnoresRangesError, Store, System
+from uipe_merge.errors import CorruptInputError, UnsafeInputError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
     from pathlib import Path
-
-Result = TypeVar("Result")
-System: TypeAlias = Any  # an fsspec file system: the library has no types
 
 PIECE = 8 * 2**20
 """Bytes of an object that are in memory at once where it is copied or hashed."""
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9.-]*)://(.*)", re.DOTALL)
-_TRIES = 5
-_FIRST_WAIT = 0.3  # seconds at most, doubled from try to try
-_PATIENCE = 60.0  # seconds after which nothing is tried again
 _MOST_PARTS = 9_000  # S3 takes 10 000
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-# We try again ourselves, and see changes: the libraries need not do either once more.
-_OPTIONS: dict[str, dict[str, object]] = {
-    "s3": {"config_kwargs": {"retries": {"max_attempts": 0}}},
-    "s3a": {"config_kwargs": {"retries": {"max_attempts": 0}}},
-}
 # Not ten pieces of 50 MB at once.
 _PUT: dict[str, dict[str, int]] = {"s3": {"chunksize": PIECE, "max_concurrency": 1}}
 # What stores call the version of an object, the surest first; the time is the last resort.
@@ -66,7 +50,8 @@ class RemoteFolder:
         """Connect to nothing yet.
 
         Raises:
-            UsageError: The URL holds credentials or names no folder, or its scheme is unknown or needs a package.
+            UsageError: The URL holds credentials or names no folder, or its scheme is unknown or
+                needs a package that is not installed.
         """
         match = _URL.match(location)
         assert match is not None  # noqa: S101 - asked with is_url
@@ -81,7 +66,7 @@ class RemoteFolder:
             )
         if not match[2].strip("/"):
             raise UsageError("names no folder", file=location, remedy="name one in the store")
-        self._store = _Store(match[1].lower(), self.location)
+        self._store = Store(match[1].lower(), self.location)
         self._root = self._store.path(self.location)
 
     @property
@@ -173,7 +158,7 @@ class RemoteFolder:
 class RemoteFile:
     """One object, read by ranges."""
 
-    def __init__(self, store: _Store, path: str, shown: str, stamp: Stamp) -> None:
+    def __init__(self, store: Store, path: str, shown: str, stamp: Stamp) -> None:
         """Remember where it is; ``shown`` is its name in messages."""
         self.path = shown
         self.stamp = stamp
@@ -196,7 +181,6 @@ class RemoteFile:
             )
         done, end = 0, offset + len(buffer)
         while done < len(buffer):
-            # The request must not know the buffer: what a library keeps of a failure would hold it.
             request = functools.partial(_range, self._path, offset + done, end)
             data = self._store.ask(self.path, request)
             buffer[done : done + len(data)] = data
@@ -209,7 +193,7 @@ class RemoteFile:
 def _range(path: str, start: int, end: int, system: System) -> bytes:
     data: bytes = system.cat_file(path, start=start, end=end)
     if len(data) > end - start:
-        raise _IgnoresRangesError
+        raise IgnoresRangesError
     if not data:
         raise ConnectionError
     return data
@@ -217,105 +201,6 @@ def _range(path: str, start: int, end: int, system: System) -> bytes:
 
 def _remove(path: str, system: System) -> None:
     system.rm_file(path)
-
-
-class _IgnoresRangesError(Exception):
-    """The server sent more than the range that was asked for."""
-
-
-class _Store:
-    """One fsspec file system, asked with patience."""
-
-    def __init__(self, scheme: str, location: str) -> None:
-        import fsspec
-
-        try:
-            self._system: System = fsspec.filesystem(
-                scheme, use_listings_cache=False, **_OPTIONS.get(scheme, {})
-            )
-        except ImportError:
-            extra = _EXTRAS.get(scheme)
-            install = f"pip install 'uipe-merge[{extra}]'" if extra else "pip install"
-            raise UsageError(
-                f"needs a package for {scheme}:// that is not installed",
-                file=location,
-                remedy=f"`{install}`" if extra else "install the fsspec backend for it",
-            ) from None
-        except ValueError:
-            raise UsageError(
-                f"has the scheme {scheme}://, which is not known",
-                file=location,
-                remedy="use s3://, gs://, or another that fsspec knows",
-            ) from None
-        protocol = self._system.protocol
-        self.kind = protocol if isinstance(protocol, str) else str(protocol[0])
-
-    def path(self, location: str) -> str:
-        """Return the path of a URL in the words of the backend."""
-        return str(self._system._strip_protocol(location))  # noqa: SLF001 - fsspec has no other way
-
-    def ask(self, shown: str, request: Callable[[System], Result]) -> Result:
-        """Do a request, again where that may help; ``shown`` is what it is about.
-
-        Raises:
-            RemoteError: It was refused, or kept failing, or there is no such object.
-        """
-        try:
-            return self._attempt(shown, request)
-        except FileNotFoundError:
-            raise RemoteError(
-                "there is no such object or bucket",
-                file=shown,
-                remedy="check the URL, and create the bucket if it is missing",
-            ) from None
-
-    def ask_for(self, shown: str, request: Callable[[System], Result]) -> Result | None:
-        """Do a request as ``ask`` does; ``None`` where there is no such object."""
-        try:
-            return self._attempt(shown, request)
-        except FileNotFoundError:
-            return None
-
-    def _attempt(self, shown: str, request: Callable[[System], Result]) -> Result:
-        began = time.monotonic()
-        for attempt in itertools.count(1):
-            try:
-                return request(self._system)
-            except FileNotFoundError:
-                raise
-            except Exception as error:  # noqa: BLE001 - a backend raises whatever its library does
-                late = attempt == _TRIES or time.monotonic() - began > _PATIENCE
-                if (refusal := _refusal(error)) or late:
-                    raise _remote_error(shown, refusal, error, attempt) from None
-            # Not all at once again, where several threads were refused together.
-            time.sleep(_FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1))  # noqa: S311
-        raise AssertionError  # it counts for ever
-
-
-def _refusal(error: Exception) -> tuple[str, str] | None:
-    """Return message and remedy of a failure that trying again will not cure."""
-    status = getattr(error, "status", None) or getattr(error, "code", None)
-    if "Credential" in type(error).__name__:
-        return "no usable credentials were found", "give them by the environment (`AWS_PROFILE`, …)"
-    if isinstance(error, PermissionError) or status in (401, 403, "401", "403"):
-        return "access denied", "check the credentials and what they may do"
-    if isinstance(error, _IgnoresRangesError):
-        return "the server ignores byte ranges", "download the checkpoint first"
-    if isinstance(error, NotImplementedError):
-        return "this store cannot do that", "use a local directory and copy it"
-    return None
-
-
-def _remote_error(
-    shown: str, refusal: tuple[str, str] | None, error: Exception, tries: int
-) -> RemoteError:
-    if refusal is not None:
-        return RemoteError(refusal[0], file=shown, remedy=refusal[1])
-    return RemoteError(
-        f"the store did not do it in {tries} tries (last: {type(error).__name__})",
-        file=shown,
-        remedy="check the connection and run the same command again",
-    )
 
 
 def _stamp(info: dict[str, Any]) -> Stamp:
