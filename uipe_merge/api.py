@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uipe_merge.errors import UsageError
@@ -125,7 +124,7 @@ def make_recipe(
         return recipe
     from uipe_merge.recipe_file import read_recipe
 
-    return read_recipe(Path(recipe))
+    return read_recipe(recipe)
 
 
 def merge(
@@ -156,9 +155,11 @@ def merge(
     512 MiB whatever their size. A run that was interrupted is continued by the same call.
 
     Args:
-        original: The original checkpoint θ₀: a directory, or ``ORG/NAME@REVISION`` on a hub.
+        original: The original checkpoint θ₀: a directory, ``ORG/NAME@REVISION`` on a hub,
+            or the URL of a folder in an object store.
         unlearned: The unlearned checkpoint θᵤ, likewise; or an adapter.
-        output: Directory to make. It appears whole, at the very end.
+        output: Directory to make; it appears whole, at the very end. Or the URL of a folder in
+            an object store, which gets its manifest at the very end.
         alpha: α, dimensionless: 0 gives the unlearned model, −1 the original. Of every tensor
             that no rule and no layer decides.
         alpha_rules: α by pattern of the tensor's name (``*``, ``?``, ``[…]``), in order: the
@@ -184,7 +185,8 @@ def merge(
         allow_pickle: Read ``pytorch_model*.bin`` where there is no safetensors file; nothing in
             the pickle is run.
         dequantize: Take block-scaled FP8 checkpoints; the output is not quantised.
-        threads: Threads; by default two a processor, at most 8. Changes no byte.
+        threads: Threads; by default two a processor, at most 8, and 8 over a network. Changes no
+            byte.
         progress: Show a tqdm bar; or an object to be told of the progress.
 
     Returns:
@@ -217,7 +219,8 @@ def merge(
         allow_pickle=allow_pickle,
         dequantize=dequantize,
     )
-    return job.run(prepared, make_executor(threads), LocalFileSystem(), _watcher(progress))
+    executor = make_executor(threads, remote=prepared.remote)
+    return job.run(prepared, executor, LocalFileSystem(), _watcher(progress))
 
 
 def inspect(
@@ -236,7 +239,8 @@ def inspect(
     Mismatches are reported, not refused: the tensors that match are measured.
 
     Args:
-        original: The original checkpoint θ₀: a directory, or ``ORG/NAME@REVISION`` on a hub.
+        original: The original checkpoint θ₀: a directory, ``ORG/NAME@REVISION`` on a hub,
+            or the URL of a folder in an object store.
         unlearned: The unlearned checkpoint θᵤ, likewise; or an adapter.
         alphas: The α whose rounding is tried; by default 0.1, 0.25, 0.5, 1 and 2.
         dtype: The output dtype the rounding is tried at, as for ``merge``.
@@ -250,6 +254,7 @@ def inspect(
     """
     from uipe_merge import inspection
     from uipe_merge.executors import make_executor
+    from uipe_merge.opening import is_remote
 
     watcher = _watcher(progress)
     try:
@@ -258,7 +263,7 @@ def inspect(
             unlearned,
             alphas or inspection.DEFAULT_ALPHAS,
             dtype,
-            make_executor(threads),
+            make_executor(threads, remote=is_remote(original) or is_remote(unlearned)),
             watcher,
             allow_pickle=allow_pickle,
             dequantize=dequantize,
@@ -287,23 +292,30 @@ class Verification:
 def verify(output: PathLike, *, progress: bool | Progress = True) -> Verification:
     """Hash every file of a published model again and hold it against its manifest.
 
+    Args:
+        output: Directory or URL of the model.
+        progress: As for ``merge``.
+
     Raises:
         UsageError: There is no such directory, or it has no manifest.
         CorruptInputError: The manifest itself is damaged.
         OutputError: A file cannot be read.
+        RemoteError: The store refuses or cannot be reached.
     """
-    from uipe_merge.output.manifest import MANIFEST_NAME, read_manifest
+    from uipe_merge.checkpoint.urls import is_url, local
+    from uipe_merge.output import published
+    from uipe_merge.output.manifest import MANIFEST_NAME
     from uipe_merge.output.sidecars import carried
-    from uipe_merge.output.staging import hash_file
 
-    directory = Path(output)
+    location = local(os.fspath(output))
+    model = (published.InBucket if is_url(location) else published.InDirectory)(location)
     watcher = _watcher(progress)
     problems: list[str] = []
     try:
-        _, files = read_manifest(directory)
+        files = model.manifest()
         watcher.start(sum(record.size for record in files.values()))
         for name, record in files.items():
-            found = hash_file(directory / name)
+            found = model.hash(name)
             if found is None:
                 problems.append(f"'{name}' is missing")
             elif found[0] != record.size:
@@ -313,10 +325,7 @@ def verify(output: PathLike, *, progress: bool | Progress = True) -> Verificatio
             watcher.advance(record.size, name)
     finally:
         watcher.close()
-    present = {
-        path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()
-    }
-    unknown = sorted(present - files.keys() - {MANIFEST_NAME})
+    unknown = sorted(set(model.names()) - files.keys() - {MANIFEST_NAME})
     problems += [f"'{name}' was not written by the merge" for name in unknown if not carried(name)]
     notes = [f"'{name}' is not in the manifest" for name in unknown if carried(name)]
     return Verification(len(files), sum(record.size for record in files.values()), problems, notes)

@@ -58,7 +58,8 @@ def write_shards(
         progress.advance(record.size, record.name)
     desk = _Desk(plan, pair, staging, filesystem, block)
     gathered = {index: _Gathered(plan.shards[index].steps) for index in todo}
-    results = executor.run(desk.make_worker, blocks(plan, todo, executor.width, block))
+    abreast = min(executor.width, staging.most_at_once - 1)
+    results = executor.run(desk.make_worker, blocks(plan, todo, abreast, block))
     try:
         for result in results:
             shard = plan.shards[result.block.shard]
@@ -108,7 +109,7 @@ class _Desk:
         self._filesystem = filesystem
         self._block = block
         self._growths: Growths = Once()
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._writers: dict[int, ShardWriter] = {}
         self._failure: BaseException | None = None
 
@@ -118,8 +119,19 @@ class _Desk:
         return _GuardedWorker(worker, self)
 
     def writer(self, index: int) -> ShardWriter:
-        """Return the writer of a shard, begun by whoever comes first."""
-        with self._lock:
+        """Return the writer of a shard, begun by whoever comes first.
+
+        A new one waits while as many as there is room for are being written or delivered. Of
+        those one more than stand abreast may be in hand, so somebody always can go on.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (
+                    self._failure is not None
+                    or index in self._writers
+                    or len(self._writers) < self._staging.most_at_once
+                )
+            )
             if self._failure is not None:
                 raise ShardAborted
             if index not in self._writers:
@@ -128,15 +140,18 @@ class _Desk:
                 self._writers[index] = ShardWriter(self._filesystem, path, shard.header)
             return self._writers[index]
 
-    def finished(self, index: int) -> None:
-        """Forget a writer that is done."""
-        with self._lock:
+    def finished(self, index: int, sha256: str) -> None:
+        """Deliver a shard that is durable, and forget its writer."""
+        self._staging.deliver(self._plan.shards[index].name, sha256)
+        with self._changed:
             del self._writers[index]
+            self._changed.notify_all()
 
     def fail(self, error: BaseException) -> BaseException:
         """Stop everybody; return the first failure, which is the one to report."""
-        with self._lock:
+        with self._changed:
             self._failure = self._failure or error
+            self._changed.notify_all()
             for writer in self._writers.values():
                 writer.abort()
             return self._failure
@@ -158,10 +173,10 @@ class _GuardedWorker:
     def __call__(self, block: Block) -> BlockResult:
         try:
             result = self._worker(block)
+            if result.sha256 is not None:
+                self._desk.finished(block.shard, result.sha256)
         except BaseException as error:  # noqa: BLE001 - raised again, the first one
             raise self._desk.fail(error) from None
-        if result.sha256 is not None:
-            self._desk.finished(block.shard)
         return result
 
     def close(self) -> None:

@@ -156,10 +156,14 @@ class _Done(Generic[Result]):
         self.result = result
 
 
-def make_executor(threads: int | None) -> Executor:
-    """Return an executor of the given width, or of one that suits this machine."""
+def make_executor(threads: int | None, *, remote: bool = False) -> Executor:
+    """Return an executor of the given width, or of one that suits this machine.
+
+    ``remote`` says that it will wait for a network.
+    """
     # Two a processor: one computes while the other waits for the disk.
-    width = threads or min(2 * len(os.sched_getaffinity(0)), MOST_THREADS, _affordable_threads())
+    suitable = MOST_THREADS if remote else 2 * len(os.sched_getaffinity(0))
+    width = threads or min(suitable, MOST_THREADS, _affordable_threads())
     return Serial() if width == 1 else Threads(width)
 
 

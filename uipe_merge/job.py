@@ -19,11 +19,13 @@ from uipe_merge.checkpoint.index import INDEX_NAME
 from uipe_merge.checkpoint.pair import match, refuse_swapped
 from uipe_merge.checkpoint.scaled import DEFAULT_DTYPE, said_dtype
 from uipe_merge.checkpoint.storage import LocalFolder
+from uipe_merge.checkpoint.urls import RemoteFolder, is_url, local
 from uipe_merge.errors import CorruptInputError, NumericError, OutputError, listed
 from uipe_merge.fetching import download_bytes, fetch, wanted
 from uipe_merge.fetching import require_room as require_download_room
 from uipe_merge.opening import open_folders, open_pair
-from uipe_merge.output import place
+from uipe_merge.output import bucket, place
+from uipe_merge.output.bucket import BucketStaging
 from uipe_merge.output.card import CARD_NAME, base_models, card_metadata, encode_card, hub_id
 from uipe_merge.output.filesystem import LocalFileSystem, write_document
 from uipe_merge.output.lock import hold, tidy
@@ -36,7 +38,8 @@ from uipe_merge.output.sidecars import (
     plan_sidecars,
 )
 from uipe_merge.output.staging import Staging
-from uipe_merge.plan import NUMERICS, Plan, make_plan
+from uipe_merge.plan import BLOCK, CELL, NUMERICS, Plan, make_plan
+from uipe_merge.reader import widest_input
 from uipe_merge.report import MergeReport, Summary, Sums, summarise, tensor_record
 
 if TYPE_CHECKING:
@@ -58,6 +61,7 @@ _RULES = {
     "model": "theta_u + alpha * (theta_u - theta_0)",
     "adapter": "theta_0 + (1 + alpha) * c * B * A: B + alpha * (B - 0)",
 }
+_REMOTE_BLOCK = 4 * 2**20  # bytes: eight threads with three of them stay far below 512 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,8 @@ class Job:
         pair: The two checkpoints.
         sidecars: The files that go beside the weights.
         wanted: The files that will be read whole, folder by folder.
-        output: The real path of the output.
+        output: The real path of the output; for a URL, where it is made before it goes there.
+        folder: Where an output by URL goes.
         arguments: The two inputs as the user named them, a hub id with its commit.
         named: The output as the user named it.
         space: What the disk needs and has.
@@ -81,6 +86,7 @@ class Job:
     sidecars: list[Sidecar]
     wanted: list[Wanted]
     output: Path
+    folder: RemoteFolder | None
     arguments: tuple[str, str]
     named: str
     space: place.Space
@@ -102,6 +108,32 @@ class Job:
             words.append("--dequantize")
         return shlex.join(words)
 
+    @property
+    def _reads_remotely(self) -> bool:
+        folders = [folder for side in self.pair for folder in side.folders.values()]
+        return any(isinstance(folder, RemoteFolder) for folder in folders)
+
+    @property
+    def remote(self) -> bool:
+        """Whether it reads or writes over a network."""
+        return self.folder is not None or self._reads_remotely
+
+    @property
+    def block(self) -> int:
+        """How many elements are read at a time: over a network more, up to some bytes."""
+        if not self._reads_remotely:
+            return BLOCK
+        return max(_REMOTE_BLOCK // widest_input(self.plan) // CELL * CELL, CELL)
+
+    def staging(self, filesystem: FileSystem) -> Staging:
+        """Return where the output is built."""
+        if self.folder is None:
+            return Staging(filesystem, self.output)
+        names = [shard.name for shard in self.plan.shards]
+        names += [sidecar.name for sidecar in self.sidecars]
+        planned = frozenset([*names, CARD_NAME, INDEX_NAME, MANIFEST_NAME])
+        return BucketStaging(filesystem, self.folder, planned)
+
 
 def prepare(
     original: PathLike,
@@ -121,9 +153,16 @@ def prepare(
     """
     # Before the output is looked at, so that a missing input is what is reported.
     sides = open_folders(original, unlearned)
-    folders = [folder for side in sides for folder in side]
-    local = [folder.location for folder in folders if isinstance(folder, LocalFolder)]
-    target = place.resolve(output, local)
+    sources = [source for side in sides for source in side]
+    named = local(os.fspath(output))
+    folder = None
+    if is_url(named):
+        remote = [source for source in sources if isinstance(source, RemoteFolder)]
+        folder = bucket.resolve(named, remote)
+        target = bucket.workplace(folder)
+    else:
+        directories = [source.location for source in sources if isinstance(source, LocalFolder)]
+        target = place.resolve(named, directories)
     with _collector_paused():
         pair = open_pair(*sides, allow_pickle=allow_pickle, dequantize=dequantize)
         refuse_swapped(*pair, base_models(card_metadata(pair.original)))
@@ -135,9 +174,7 @@ def prepare(
         sidecars = plan_adapter_sidecars(pair.unlearned)
     else:
         sidecars = plan_sidecars(*pair)
-    needed = plan.write_bytes + sum(sidecar.size for sidecar in sidecars)
-    files = len(plan.shards) + len(sidecars) + 8  # index, card, manifest, journal, lock, …
-    space = place.measure(target.parent, needed, files)
+    space = _space(plan, sidecars, target, delivered=folder is not None)
     first, second = ("+".join(folder.location for folder in side) for side in sides)
     return Job(
         plan=plan,
@@ -145,11 +182,22 @@ def prepare(
         sidecars=sidecars,
         wanted=wanted(plan, pair, sidecars),
         output=target,
+        folder=folder,
         arguments=(first, second),
-        named=os.fspath(output),
+        named=named,
         space=space,
         overwrite=overwrite,
     )
+
+
+def _space(plan: Plan, sidecars: list[Sidecar], target: Path, *, delivered: bool) -> place.Space:
+    """Measure the disk; of an output that is delivered elsewhere it holds a few shards only."""
+    shards = sorted((shard.size for shard in plan.shards), reverse=True)
+    if delivered:
+        shards = shards[: bucket.IN_HAND]
+    needed = sum(shards) + sum(sidecar.size for sidecar in sidecars)
+    files = len(shards) + len(sidecars) + 8  # index, card, manifest, journal, lock, …
+    return place.measure(bucket.existing(target.parent), needed, files)
 
 
 def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress) -> MergeReport:
@@ -171,7 +219,7 @@ def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress
     from uipe_merge.engine import require_unchanged, write_shards  # imports numpy
 
     began = time.monotonic()
-    staging = Staging(filesystem, job.output)
+    staging = job.staging(filesystem)
     try:
         require_room(job)
     except OutputError:
@@ -179,6 +227,7 @@ def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress
         raise
     fetch(job.wanted, job.pair)
     identity = _identity(job)
+    staging.prepare()
     with hold(staging.partial):
         if staging.was_published(identity):
             records = staging.journal.shards()
@@ -186,14 +235,22 @@ def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress
             staging.settle()
         else:
             staging.restore()
-            place.require_replaceable(job.output, job.named, overwrite=job.overwrite)
+            staging.require_replaceable(job.named, overwrite=job.overwrite)
             staging.begin(identity, overwrite=job.overwrite)
             resumed = len(staging.done)
             try:
-                records = write_shards(job.plan, job.pair, staging, filesystem, executor, progress)
+                records = write_shards(
+                    job.plan,
+                    job.pair,
+                    staging,
+                    filesystem,
+                    executor,
+                    progress,
+                    block=job.block,
+                )
                 require_unchanged(job.pair)
             except (NumericError, CorruptInputError):
-                staging.clean()  # it would fail again: there is nothing to go on with
+                staging.discard()  # it would fail again: there is nothing to go on with
                 raise
             finally:
                 progress.close()
@@ -201,7 +258,7 @@ def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress
             staging.publish(overwrite=job.overwrite)
     summary, tensors = _results(job.plan, records)
     return MergeReport(
-        output=job.output,
+        output=job.output if job.folder is None else job.folder.location,
         summary=summary,
         tensors=tensors,
         warnings=[*job.plan.warnings, *_kept_warnings(tensors), *summary.warnings()],
@@ -240,14 +297,14 @@ def require_room(job: Job) -> None:
         OutputError: Something is at the output path that may not be replaced, or bytes, files
             or the size a file may have do not suffice, there or for what is downloaded.
     """
-    staging = Staging(LocalFileSystem(), job.output)
+    staging = job.staging(LocalFileSystem())
     nbytes = files = 0
     if staging.partial.exists():
         identity = _identity(job)
         if staging.was_published(identity):
             return
         nbytes, files = staging.held(identity)
-    place.require_replaceable(job.output, job.named, overwrite=job.overwrite)
+    staging.require_replaceable(job.named, overwrite=job.overwrite)
     left = job.space._replace(needed=job.space.needed - nbytes, files=job.space.files - files)
     place.require(left, job.output.parent, max(shard.size for shard in job.plan.shards))
     require_download_room(job.wanted, job.output.parent, left.needed)
@@ -261,7 +318,7 @@ def require_startable(job: Job) -> None:
     """
     require_room(job)
     if not job.overwrite:
-        Staging(LocalFileSystem(), job.output).require_own(_identity(job))
+        job.staging(LocalFileSystem()).require_own(_identity(job))
 
 
 def _identity(job: Job) -> dict[str, object]:

@@ -1,8 +1,9 @@
 """From the two arguments to two checkpoints, whatever they name.
 
 An argument is a model, an adapter (which is applied to ORIGINAL), or ``MODEL+ADAPTER``: a
-model and an adapter on it, for either side. Each is a directory, or where there is none of
-that name the id of a repository on a hub: ``ORG/NAME`` or ``ORG/NAME@REVISION``.
+model and an adapter on it, for either side. Each is a directory, the URL of a folder in an
+object store, or where there is no directory of that name the id of a repository on a hub:
+``ORG/NAME`` or ``ORG/NAME@REVISION``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from uipe_merge.checkpoint.adapter import is_adapter, open_adapter
 from uipe_merge.checkpoint.hub import HubFolder, parse_id
 from uipe_merge.checkpoint.model import Checkpoint, open_checkpoint
 from uipe_merge.checkpoint.storage import LocalFolder
-from uipe_merge.errors import IncompatibleModelsError
+from uipe_merge.checkpoint.urls import RemoteFolder, is_url, local
+from uipe_merge.errors import IncompatibleModelsError, UsageError
 from uipe_merge.reader import Pair
 
 if TYPE_CHECKING:
@@ -30,24 +32,46 @@ PathLike = str | os.PathLike[str]
 def locations(argument: PathLike) -> list[str]:
     """Return the directories or ids that an argument names: one, or a model and its adapter."""
     text = os.fspath(argument)
-    if Path(text).is_dir():  # a directory may have a plus in its name
+    pluses = list(re.finditer(r"\+", text))
+    if not pluses or _holds_files(text):  # a directory may have a plus in its name
         return [text]
-    for plus in re.finditer(r"\+", text):
+    for plus in pluses:
         model, adapter = text[: plus.start()], text[plus.end() :]
-        if adapter and (Path(model).is_dir() or _hub_id(model)):
+        if adapter and (_holds_files(model) or _hub_id(model)):
             return [model, adapter]
     return [text]
 
 
+def _holds_files(location: str) -> bool:
+    """Tell whether a location is a directory, or the URL of something."""
+    if is_url(location):
+        return bool(RemoteFolder(location).names())
+    return Path(local(location)).is_dir()
+
+
+def is_remote(argument: PathLike) -> bool:
+    """Tell whether an argument names something that is read over a network."""
+    return any(is_url(part) for part in re.split(r"\+(?=\w+://)", os.fspath(argument)))
+
+
 def open_folder(location: str) -> Folder:
-    """Return the folder that one location names: a directory, or a repository on a hub.
+    """Return the folder that one location names: a directory, a URL, or a repository on a hub.
 
     Raises:
-        UsageError: There is no such directory.
-        RemoteError: The hub does not give the repository.
+        UsageError: There is no such directory, or nothing under the URL.
+        RemoteError: The store or the hub refuses or cannot be reached.
     """
+    if is_url(location):
+        folder = RemoteFolder(location)
+        if not folder.names():
+            raise UsageError(
+                "holds nothing, or does not exist",
+                file=folder.location,
+                remedy="name the folder that holds the checkpoint",
+            )
+        return folder
     named = _hub_id(location)
-    return LocalFolder(location) if named is None else HubFolder(named)
+    return LocalFolder(local(location)) if named is None else HubFolder(named)
 
 
 def open_folders(*arguments: PathLike) -> list[list[Folder]]:

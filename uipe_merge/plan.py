@@ -54,6 +54,7 @@ _BY_CHANCE = ("BF16", "F16")
 
 _BASE_MEMORY = 60_000_000  # the interpreter and what it imports, measured
 _TORCH_MEMORY = 190_000_000  # what importing torch adds
+_NETWORK_MEMORY = 100_000_000  # the libraries of an object store, and an upload
 _NAME_MEMORY = 1_500  # bytes a planned tensor holds, measured on 100 k tensors
 
 
@@ -183,18 +184,28 @@ class Plan(NamedTuple):
             counts[step.operation] = (tensors + 1, nbytes + step.nbytes)
         return counts
 
-    def peak_memory(self, threads: int, *, torch: bool) -> int:
-        """Return an upper estimate of the resident bytes of a run, with torch or without."""
+    def peak_memory(
+        self, threads: int, *, torch: bool, block: int = BLOCK, remote: bool = False
+    ) -> int:
+        """Return an upper estimate of the resident bytes of a run.
+
+        Args:
+            threads: Threads that work on blocks.
+            torch: Whether torch will be imported.
+            block: Elements read at a time.
+            remote: Whether a network is read from or written to.
+        """
         widths = ((step.source.dtype.bits, step.dtype.bits) for step in self.steps)
         widest = max((max(pair) // 8 for pair in widths), default=0)
-        # Per thread: two input blocks, one output block, the cells of the arithmetic and of the
-        # norms of DoRA, and an adapter's factors and scales with room for a wider type and a
-        # transposed copy.
+        # Per thread: two input blocks and one output block (over a network, two more of what just
+        # came in), the cells of the arithmetic and of the norms of DoRA, and an adapter's factors
+        # and scales with room for a wider type and a transposed copy.
+        blocks_held = 5 if remote else 3
         cells = 13 if any(map(_has_norms, self.steps)) else 5
         beside = 4 * max(map(_beside_bytes, self.steps), default=0)
-        worker = 3 * BLOCK * widest + cells * CELL * 8 + beside
+        worker = blocks_held * block * widest + cells * CELL * 8 + beside
         tensors = sum(len(shard.steps) for shard in self.shards)
-        base = _BASE_MEMORY + (_TORCH_MEMORY if torch else 0)
+        base = _BASE_MEMORY + (_TORCH_MEMORY if torch else 0) + (_NETWORK_MEMORY if remote else 0)
         return base + threads * worker + tensors * _NAME_MEMORY
 
     def fingerprint(self) -> str:

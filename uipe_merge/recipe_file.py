@@ -21,14 +21,15 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uipe_merge.errors import RecipeError, UsageError
 from uipe_merge.recipe import Recipe, parse_size
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable
-    from pathlib import Path
 
 _LARGEST, _DEEPEST = 1_000_000, 8
 _KEYS = (
@@ -45,7 +46,7 @@ _KEYS = (
 )
 
 
-def read_recipe(path: Path) -> Recipe:
+def read_recipe(named: str | os.PathLike[str]) -> Recipe:
     """Read a recipe from a ``.yaml``, ``.yml``, ``.toml`` or ``.json`` file.
 
     Raises:
@@ -53,6 +54,7 @@ def read_recipe(path: Path) -> Recipe:
         RecipeError: It is malformed, or says what no recipe can say.
         NumericError: An α is too large.
     """
+    path = Path(named)
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         endings = ", ".join(_READERS)

@@ -173,7 +173,7 @@ class MergeReport:
     """What ``merge`` returns.
 
     Attributes:
-        output: The published directory.
+        output: The published directory, or its URL.
         summary: The numbers over the model.
         tensors: The record of every tensor, as in the manifest.
         warnings: Everything the user should know, with the remedy.
@@ -182,7 +182,7 @@ class MergeReport:
         resumed: Shards that an interrupted run had finished already.
     """
 
-    output: Path
+    output: Path | str
     summary: Summary
     tensors: dict[str, dict[str, object]]
     warnings: list[str]

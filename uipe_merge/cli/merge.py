@@ -24,7 +24,7 @@ def merge(
         str,
         typer.Argument(
             metavar="ORIGINAL",
-            help="The original checkpoint θ₀: a directory, or ORG/NAME@REVISION.",
+            help="The original checkpoint θ₀: a directory, URL or ORG/NAME@REVISION.",
         ),
     ],
     unlearned: Annotated[
@@ -33,7 +33,7 @@ def merge(
             metavar="UNLEARNED", help="The unlearned checkpoint θᵤ, likewise; or an adapter."
         ),
     ],
-    output: Annotated[str, typer.Option("--output", "-o", help="Directory to make.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Directory or URL to make.")],
     alpha: Annotated[
         float | None,
         typer.Option(
@@ -134,7 +134,7 @@ def merge(
         allow_pickle=allow_pickle,
         dequantize=dequantize,
     )
-    executor = make_executor(threads)
+    executor = make_executor(threads, remote=prepared.remote)
     if dry_run:
         _show_plan(out, prepared, executor.width)
         job.require_startable(prepared)
@@ -146,7 +146,9 @@ def merge(
 def _show_plan(out: Output, job: Job, threads: int) -> None:
     plan = job.plan
     operations = plan.operations()
-    peak = plan.peak_memory(threads, torch=not native.suffices(plan))
+    peak = plan.peak_memory(
+        threads, torch=not native.suffices(plan), block=job.block, remote=job.remote
+    )
     if out.as_json:
         out.data(
             {
@@ -176,9 +178,10 @@ def _show_plan(out: Output, job: Job, threads: int) -> None:
     )
     out.line("")
     free = "unknown" if job.space.free is None else size(job.space.free)
+    where = job.output if job.folder is None else job.named
     rows = [
         ("α", _alphas(plan.alphas())),
-        ("output", f"{job.output} ({len(plan.shards)} shards, {len(job.sidecars)} other files)"),
+        ("output", f"{where} ({len(plan.shards)} shards, {len(job.sidecars)} other files)"),
         ("read", size(plan.read_bytes)),
         ("write", size(plan.write_bytes)),
         *([("download first", size(job.download_bytes))] if job.download_bytes else []),

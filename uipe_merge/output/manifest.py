@@ -63,13 +63,21 @@ def read_manifest(directory: Path) -> tuple[dict[str, object], dict[str, FileRec
                 file=directory,
                 remedy="name a directory written by uipe-merge",
             )
-        document = strict_json.loads(
-            path.read_bytes(), naturals_only=False, any_path=True, most_values=None
-        )
-    except strict_json.StrictJsonError as error:
-        raise CorruptInputError(f"is not valid: {error}", file=path) from None
+        return parse_manifest(path.read_bytes(), path)
     except OSError as error:
         raise system_error(error, path) from None
+
+
+def parse_manifest(raw: bytes, path: object) -> tuple[dict[str, object], dict[str, FileRecord]]:
+    """Return the manifest that these bytes are, and its files; ``path`` is for messages.
+
+    Raises:
+        CorruptInputError: It is damaged, or names files outside its directory.
+    """
+    try:
+        document = strict_json.loads(raw, naturals_only=False, any_path=True, most_values=None)
+    except strict_json.StrictJsonError as error:
+        raise CorruptInputError(f"is not valid: {error}", file=path) from None
     entries = document.get("files") if isinstance(document, dict) else None
     if not isinstance(document, dict) or not isinstance(entries, dict):
         raise CorruptInputError("lists no files", file=path)
@@ -82,7 +90,7 @@ def read_manifest(directory: Path) -> tuple[dict[str, object], dict[str, FileRec
     return document, {name: _record(path, name, entry) for name, entry in entries.items()}
 
 
-def _record(path: Path, name: str, entry: object) -> FileRecord:
+def _record(path: object, name: str, entry: object) -> FileRecord:
     safe = bool(name) and not name.startswith("/") and ".." not in name.split("/")
     size = entry.get("size") if isinstance(entry, dict) else None
     digest = entry.get("sha256") if isinstance(entry, dict) else None

@@ -18,7 +18,7 @@ from uipe_merge.errors import OutputError
 from uipe_merge.output.filesystem import ASIDE
 from uipe_merge.output.journal import Journal, ShardRecord, differing, refuse_other_run
 from uipe_merge.output.manifest import MANIFEST_NAME
-from uipe_merge.output.place import partial_directory
+from uipe_merge.output.place import partial_directory, require_replaceable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,14 +40,20 @@ class Staging:
         done: Shards that an earlier run finished and whose hashes still hold.
     """
 
-    def __init__(self, filesystem: FileSystem, output: Path) -> None:
+    most_at_once = 2**31
+    """Shards that may lie in ``model`` before they are delivered: here, all of them."""
+
+    def __init__(self, filesystem: FileSystem, output: Path, partial: Path | None = None) -> None:
         """Name the paths; nothing is touched yet."""
         self._filesystem = filesystem
         self.output = output
-        self.partial = partial_directory(output)
+        self.partial = partial or partial_directory(output)
         self.model = self.partial / "model"
         self.journal = Journal(filesystem, self.partial / "journal")
         self.done: dict[str, ShardRecord] = {}
+
+    def prepare(self) -> None:
+        """Make what the partial directory stands in; here it is there already."""
 
     def was_published(self, identity: dict[str, object]) -> bool:
         """Tell whether this run was killed between publishing and cleaning up."""
@@ -88,6 +94,14 @@ class Staging:
             self._filesystem.rename(aside, self.output)
             self._filesystem.sync_directory(self.output.parent)
 
+    def require_replaceable(self, named: object, *, overwrite: bool) -> None:
+        """Refuse an output that holds something which may not be replaced.
+
+        Raises:
+            OutputError: See ``place.require_replaceable``.
+        """
+        require_replaceable(self.output, named, overwrite=overwrite)
+
     def begin(self, identity: dict[str, object], *, overwrite: bool) -> None:
         """Resume the run that is there if it is this one; start one otherwise.
 
@@ -108,6 +122,9 @@ class Staging:
             if not _in_use(entry):
                 self._remove(entry)
         self.journal.begin(identity, self.done.values())
+
+    def deliver(self, name: str, sha256: str) -> None:
+        """Take a shard that is durable in ``model``; here it stays where it is."""
 
     def publish(self, *, overwrite: bool) -> None:
         """Make the finished model appear at the output path, and clean up.
@@ -142,6 +159,10 @@ class Staging:
             if entry == self.model or not _in_use(entry):
                 self._remove(entry)
         self._filesystem.remove(self.partial / "journal")
+
+    def discard(self) -> None:
+        """Remove all that an unpublished run made: it cannot be gone on with."""
+        self.clean()
 
     def _rename_to_output(self) -> None:
         try:

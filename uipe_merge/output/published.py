@@ -1,0 +1,66 @@
+"""A published model, to be verified: in a directory, or under a URL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from uipe_merge.checkpoint.storage import read_document
+from uipe_merge.checkpoint.urls import RemoteFolder
+from uipe_merge.errors import UsageError
+from uipe_merge.output.bucket import LARGEST_MANIFEST
+from uipe_merge.output.manifest import MANIFEST_NAME, FileRecord, parse_manifest, read_manifest
+from uipe_merge.output.staging import hash_file
+
+
+class InDirectory:
+    """A model in a directory."""
+
+    def __init__(self, location: str) -> None:
+        """Name the directory."""
+        self._directory = Path(location)
+
+    def manifest(self) -> dict[str, FileRecord]:
+        """Return the record of every file. Raises what ``read_manifest`` raises."""
+        return read_manifest(self._directory)[1]
+
+    def hash(self, name: str) -> tuple[int, str] | None:
+        """Return size and SHA-256 of a file; ``None`` where it is missing."""
+        return hash_file(self._directory / name)
+
+    def names(self) -> list[str]:
+        """Return all files, relative."""
+        files = (path for path in self._directory.rglob("*") if path.is_file())
+        return [path.relative_to(self._directory).as_posix() for path in files]
+
+
+class InBucket:
+    """A model in an object store."""
+
+    def __init__(self, location: str) -> None:
+        """Name the folder."""
+        self._folder = RemoteFolder(location)
+
+    def manifest(self) -> dict[str, FileRecord]:
+        """Return the record of every file.
+
+        Raises:
+            UsageError: Nothing is published there.
+            CorruptInputError: The manifest is damaged.
+            RemoteError: The store refuses or cannot be reached.
+        """
+        where = self._folder.location
+        if MANIFEST_NAME not in self._folder.names():
+            raise UsageError(
+                f"has no {MANIFEST_NAME}", file=where, remedy="name a folder that a merge published"
+            )
+        raw = read_document(self._folder, MANIFEST_NAME, LARGEST_MANIFEST)
+        return parse_manifest(raw, f"{where}/{MANIFEST_NAME}")[1]
+
+    def hash(self, name: str) -> tuple[int, str] | None:
+        """Return size and SHA-256 of an object; ``None`` where it is missing."""
+        found = self._folder.hash(name)
+        return None if found is None else found[:2]
+
+    def names(self) -> list[str]:
+        """Return all files, relative."""
+        return self._folder.names()
