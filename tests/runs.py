@@ -18,7 +18,7 @@ import torch
 from fakes_output import FailingFileSystem
 from helpers import contents, moved, write_checkpoint
 
-from uipe_merge import api, job
+from uipe_merge import api, running
 from uipe_merge.errors import OutputError
 from uipe_merge.executors import Serial, Threads
 from uipe_merge.output.filesystem import FileSystem, LocalFileSystem
@@ -99,7 +99,7 @@ class Merge:
             *self.inputs, self.output, alpha=self.alpha, overwrite=overwrite, dtype=self.dtype
         )
         executor = Serial() if self.threads == 1 else Threads(self.threads)
-        return job.run(plan, executor, filesystem or LocalFileSystem(), progress or Silent())
+        return running.run(plan, executor, filesystem or LocalFileSystem(), progress or Silent())
 
     def mend(self, complete: dict[str, bytes], *, overwrite: bool = False) -> int:
         """Run the same command after one that died; return the shards not written again.

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import uipe_merge
-from uipe_merge import api, job
+from uipe_merge import api, running
 from uipe_merge.errors import OutputError
 from uipe_merge.executors import Serial
 from uipe_merge.output.filesystem import FileSystem, LocalFileSystem
@@ -393,7 +393,7 @@ def test_from_python(family: Family) -> None:
 def test_a_run_that_died_anywhere_is_finished_by_the_same_command(family: Family) -> None:
     def run(filesystem: FileSystem) -> None:
         paths = (family.base, family.adapter, family.out)
-        job.run(api.plan(*paths, alpha=2, as_="adapter"), Serial(), filesystem, Silent())
+        running.run(api.plan(*paths, alpha=2, as_="adapter"), Serial(), filesystem, Silent())
 
     undisturbed = FailingFileSystem(family.root)
     run(undisturbed)

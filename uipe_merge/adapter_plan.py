@@ -15,7 +15,8 @@ from uipe_merge.checkpoint.adapter import WEIGHTS_NAME
 from uipe_merge.checkpoint.header import ZERO
 from uipe_merge.coefficients import resolve
 from uipe_merge.errors import IncompatibleModelsError
-from uipe_merge.plan import Plan, Step, draft, placed
+from uipe_merge.plan import Plan, Step
+from uipe_merge.planning import draft, placed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -196,7 +196,7 @@ def merge(
         UipeMergeError: See ``uipe_merge.errors`` for the tree. Nothing is left at
             ``output``; only a partial directory that the same call goes on with.
     """
-    from uipe_merge import job
+    from uipe_merge import running
     from uipe_merge.executors import make_executor
     from uipe_merge.output.filesystem import LocalFileSystem
 
@@ -220,7 +220,7 @@ def merge(
         dequantize=dequantize,
     )
     executor = make_executor(threads, remote=prepared.remote)
-    return job.run(prepared, executor, LocalFileSystem(), _watcher(progress))
+    return running.run(prepared, executor, LocalFileSystem(), _watcher(progress))
 
 
 def inspect(

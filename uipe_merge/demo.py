@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from uipe_merge import job
+from uipe_merge import job, running
 from uipe_merge.executors import make_executor
 from uipe_merge.output.filesystem import LocalFileSystem
 from uipe_merge.recipe import Recipe
@@ -80,7 +80,7 @@ def run(root: Path, progress: Progress) -> DemoResult:
     commands = []
     for alpha, output in zip(ALPHAS, outputs, strict=True):
         prepared = job.prepare(original, unlearned, output, Recipe(alpha), overwrite=True)
-        job.run(prepared, make_executor(None), LocalFileSystem(), progress)
+        running.run(prepared, make_executor(None), LocalFileSystem(), progress)
         models[f"merged, α = {alpha:g}"] = output
         commands.append(prepared.command)
     rows = [

@@ -13,7 +13,8 @@ from uipe_merge.guard import Guard
 from uipe_merge.naming import Place, place
 from uipe_merge.once import Once
 from uipe_merge.opening import open_folders, open_pair
-from uipe_merge.plan import BLOCK, Block, Plan, blocks, make_plan
+from uipe_merge.plan import BLOCK, Block, Plan, blocks
+from uipe_merge.planning import make_plan
 from uipe_merge.reader import BlockReader, Pair, widest_input
 from uipe_merge.recipe import Recipe
 from uipe_merge.report import TOLERANCE, exact_sum, quotient, root

@@ -1,4 +1,4 @@
-"""One merge from its arguments to the published directory."""
+"""One merge, from its arguments to a plan that may be run."""
 
 from __future__ import annotations
 
@@ -6,61 +6,46 @@ import gc
 import json
 import os
 import shlex
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from uipe_merge._version import __version__
 from uipe_merge.adapter_plan import make_adapter_plan
-from uipe_merge.checkpoint.adapter import CONFIG_NAME
-from uipe_merge.checkpoint.decisions import following
 from uipe_merge.checkpoint.index import INDEX_NAME
 from uipe_merge.checkpoint.pair import match, refuse_swapped
-from uipe_merge.checkpoint.scaled import DEFAULT_DTYPE, said_dtype
 from uipe_merge.checkpoint.storage import LocalFolder
 from uipe_merge.checkpoint.urls import RemoteFolder, is_url, local
-from uipe_merge.errors import CorruptInputError, NumericError, OutputError, listed
-from uipe_merge.fetching import download_bytes, fetch, wanted
+from uipe_merge.fetching import download_bytes, wanted
 from uipe_merge.fetching import require_room as require_download_room
 from uipe_merge.opening import open_folders, open_pair
 from uipe_merge.output import bucket, place
 from uipe_merge.output.bucket import BucketStaging
-from uipe_merge.output.card import CARD_NAME, base_models, card_metadata, encode_card, hub_id
-from uipe_merge.output.filesystem import LocalFileSystem, write_document
-from uipe_merge.output.lock import hold, tidy
-from uipe_merge.output.manifest import MANIFEST_NAME, FileRecord, encode_manifest, record_of
+from uipe_merge.output.card import CARD_NAME, base_models, card_metadata
+from uipe_merge.output.filesystem import LocalFileSystem
+from uipe_merge.output.manifest import MANIFEST_NAME
 from uipe_merge.output.sidecars import (
-    Edits,
     Sidecar,
-    copy_sidecar,
     plan_adapter_sidecars,
     plan_sidecars,
 )
 from uipe_merge.output.staging import Staging
-from uipe_merge.plan import BLOCK, CELL, NUMERICS, Plan, make_plan
+from uipe_merge.plan import BLOCK, CELL, NUMERICS, Plan
+from uipe_merge.planning import make_plan
 from uipe_merge.reader import widest_input
-from uipe_merge.report import MergeReport, Summary, Sums, summarise, tensor_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from uipe_merge.checkpoint.model import Checkpoint
-    from uipe_merge.executors import Executor
     from uipe_merge.fetching import Wanted
     from uipe_merge.output.filesystem import FileSystem
-    from uipe_merge.output.journal import ShardRecord
-    from uipe_merge.progress import Progress
     from uipe_merge.reader import Pair
     from uipe_merge.recipe import Recipe
 
 PathLike = str | os.PathLike[str]
 
-_RULES = {
-    "model": "theta_u + alpha * (theta_u - theta_0)",
-    "adapter": "theta_0 + (1 + alpha) * c * B * A: B + alpha * (B - 0)",
-}
 _REMOTE_BLOCK = 4 * 2**20  # bytes: eight threads with three of them stay far below 512 MiB
 
 
@@ -104,7 +89,7 @@ class Job:
         words += [*self.plan.recipe.words(), "-o", self.named]
         if any(shard.name.endswith(".bin") for side in self.pair for shard in side.shards):
             words.append("--allow-pickle")
-        if any(_scaled(side) for side in self.pair):
+        if any(is_scaled(side) for side in self.pair):
             words.append("--dequantize")
         return shlex.join(words)
 
@@ -200,74 +185,6 @@ def _space(plan: Plan, sidecars: list[Sidecar], target: Path, *, delivered: bool
     return place.measure(bucket.existing(target.parent), needed, files)
 
 
-def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress) -> MergeReport:
-    """Do a prepared merge, or what an interrupted run left of it, and publish the output.
-
-    Args:
-        job: The merge.
-        executor: On what the blocks run.
-        filesystem: Through what everything is written.
-        progress: Told of every block.
-
-    Raises:
-        NumericError: A value is not finite, or would not be.
-        CorruptInputError: An input changed or ended early.
-        OutputError: The disk refused something, or another command's run is in the way.
-        OutputLockedError: Another run is writing this output.
-        RemoteError: What has to be downloaded first cannot be had.
-    """
-    from uipe_merge.engine import require_unchanged, write_shards  # imports numpy
-
-    began = time.monotonic()
-    staging = job.staging(filesystem)
-    try:
-        require_room(job)
-    except OutputError:
-        tidy(staging.partial)
-        raise
-    fetch(job.wanted, job.pair)
-    identity = _identity(job)
-    staging.prepare()
-    with hold(staging.partial):
-        if staging.was_published(identity):
-            records = staging.journal.shards()
-            resumed = len(records)
-            staging.settle()
-        else:
-            staging.restore()
-            staging.require_replaceable(job.named, overwrite=job.overwrite)
-            staging.begin(identity, overwrite=job.overwrite)
-            resumed = len(staging.done)
-            try:
-                records = write_shards(
-                    job.plan,
-                    job.pair,
-                    staging,
-                    filesystem,
-                    executor,
-                    progress,
-                    block=job.block,
-                )
-                require_unchanged(job.pair)
-            except (NumericError, CorruptInputError):
-                staging.discard()  # it would fail again: there is nothing to go on with
-                raise
-            finally:
-                progress.close()
-            _write_rest(job, staging, filesystem, records)
-            staging.publish(overwrite=job.overwrite)
-    summary, tensors = _results(job.plan, records)
-    return MergeReport(
-        output=job.output if job.folder is None else job.folder.location,
-        summary=summary,
-        tensors=tensors,
-        warnings=[*job.plan.warnings, *_kept_warnings(tensors), *summary.warnings()],
-        written=job.plan.write_bytes,
-        seconds=time.monotonic() - began,
-        resumed=resumed,
-    )
-
-
 def _operand(path: str) -> str:
     """Return a path that the command line cannot take for an option."""
     return f"./{path}" if path.startswith("-") else path
@@ -300,10 +217,10 @@ def require_room(job: Job) -> None:
     staging = job.staging(LocalFileSystem())
     nbytes = files = 0
     if staging.partial.exists():
-        identity = _identity(job)
-        if staging.was_published(identity):
+        own = identity(job)
+        if staging.was_published(own):
             return
-        nbytes, files = staging.held(identity)
+        nbytes, files = staging.held(own)
     staging.require_replaceable(job.named, overwrite=job.overwrite)
     left = job.space._replace(needed=job.space.needed - nbytes, files=job.space.files - files)
     place.require(left, job.output.parent, max(shard.size for shard in job.plan.shards))
@@ -318,10 +235,10 @@ def require_startable(job: Job) -> None:
     """
     require_room(job)
     if not job.overwrite:
-        job.staging(LocalFileSystem()).require_own(_identity(job))
+        job.staging(LocalFileSystem()).require_own(identity(job))
 
 
-def _identity(job: Job) -> dict[str, object]:
+def identity(job: Job) -> dict[str, object]:
     """Return what a run must share with an interrupted one to go on with it."""
     return {
         "version": __version__,
@@ -333,111 +250,6 @@ def _identity(job: Job) -> dict[str, object]:
     }
 
 
-def _write_rest(
-    job: Job, staging: Staging, filesystem: FileSystem, records: dict[str, ShardRecord]
-) -> None:
-    """Write everything but the shards; the manifest comes last."""
-    plan, model = job.plan, staging.model
-    summary, tensors = _results(plan, records)
-    files = {record.name: FileRecord(record.size, record.sha256) for record in records.values()}
-    recipe = plan.recipe
-    edits = _edits(job)
-    for sidecar in job.sidecars:
-        changed = edits.get(sidecar.name, Edits())
-        files[sidecar.name] = copy_sidecar(filesystem, sidecar, model, changed)
-    documents = {CARD_NAME: encode_card(*job.pair, job.command, summary, recipe.form)}
-    if (index := plan.index_json()) is not None:
-        documents[INDEX_NAME] = index
-    for name, content in documents.items():
-        write_document(filesystem, model / name, content)
-        files[name] = record_of(content)
-    manifest = {
-        "tool": {"name": "uipe-merge", "version": __version__, "numerics": NUMERICS},
-        "rule": _RULES[recipe.form],
-        "command": job.command,
-        "recipe": {
-            "alpha": recipe.alpha,
-            "dtype": recipe.dtype,
-            "max_shard_bytes": recipe.max_shard_bytes,
-            "on_mismatch": recipe.on_mismatch,
-            "alpha_rules": [list(rule) for rule in recipe.rules],
-            "alpha_layers": [list(knot) for knot in recipe.layers],
-            "gradient": list(recipe.gradient),
-            "as": recipe.form,
-            "rounding": recipe.rounding,
-            "seed": recipe.seed,
-        },
-        "plan": plan.fingerprint(),
-        "inputs": {
-            side: {
-                "location": checkpoint.location,
-                "shards": [
-                    {
-                        "name": shard.name,
-                        "size": shard.stamp.size,
-                        "mtime_ns": shard.stamp.mtime_ns,
-                        "header_sha256": shard.header_sha256,
-                        **({"tag": shard.stamp.tag} if shard.stamp.tag else {}),
-                    }
-                    for shard in checkpoint.shards
-                ],
-            }
-            for side, checkpoint in job.pair._asdict().items()
-        },
-        "summary": summary.as_dict(),
-        "tensors": tensors,
-    }
-    write_document(filesystem, model / MANIFEST_NAME, encode_manifest(manifest, files))
-
-
-def _edits(job: Job) -> dict[str, Edits]:
-    """Return what a configuration must say other than the unlearned checkpoint's."""
-    original, unlearned = job.pair
-    if job.plan.recipe.form == "adapter" and unlearned.adapter is not None:
-        config = unlearned.adapter.config
-        fields: dict[str, object] = {} if config.get("inference_mode") else {"inference_mode": True}
-        if not config.get("base_model_name_or_path") and original.adapter is None:
-            fields["base_model_name_or_path"] = hub_id(original.location) or original.location
-        return {CONFIG_NAME: Edits(fields=fields)}
-    kept, dtype = unlearned.tensors, job.plan.recipe.dtype
-    steps = [step for step in job.plan.steps if step.name in kept]
-    changed = any(step.dtype != kept[step.name].kept_dtype for step in steps)
-    if dtype == "auto" and _scaled(unlearned) and said_dtype(unlearned.config) is None:
-        dtype, changed = DEFAULT_DTYPE, True
-    fields = {}
-    if job.plan.recipe.on_mismatch == "keep-original":
-        fields = following(original.config, unlearned.config)
-    # Where the checkpoint has no config.json, the original's is carried over.
-    config = unlearned.config or original.config
-    removed = ("quantization_config",) if config.get("quantization_config") else ()
-    edits = Edits(dtype if changed and dtype != "auto" else None, fields, removed)
-    return {"config.json": edits}
-
-
-def _scaled(checkpoint: Checkpoint) -> bool:
+def is_scaled(checkpoint: Checkpoint) -> bool:
+    """Tell whether tensors of a checkpoint are dequantised."""
     return any(spec.scales is not None for spec in checkpoint.tensors.values())
-
-
-def _results(
-    plan: Plan, records: dict[str, ShardRecord]
-) -> tuple[Summary, dict[str, dict[str, object]]]:
-    sums = {
-        step.name: None if values is None else Sums(*values)
-        for shard in plan.shards
-        for step, values in zip(shard.steps, records[shard.name].moments, strict=True)
-    }
-    steps = list(plan.steps)
-    tensors = {step.name: tensor_record(step, sums[step.name]) for step in steps}
-    return summarise(steps, sums, plan.recipe.alpha), tensors
-
-
-def _kept_warnings(tensors: dict[str, dict[str, object]]) -> list[str]:
-    differing = [name for name, record in tensors.items() if record.get("share_differing")]
-    if not differing:
-        return []
-    return [
-        (
-            f"integer tensors differ between the checkpoints, the unlearned ones were kept: "
-            f"{listed(differing)}"
-        )
-    ]

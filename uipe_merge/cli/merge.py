@@ -101,7 +101,7 @@ def merge(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every tensor.")] = False,
 ) -> None:
     """Write θᵤ + α·(θᵤ − θ₀) as a new model."""
-    from uipe_merge import api, job
+    from uipe_merge import api, job, running
     from uipe_merge.executors import make_executor
     from uipe_merge.output.filesystem import LocalFileSystem
     from uipe_merge.recipe import parse_gradient, parse_layers, parse_rule
@@ -139,7 +139,7 @@ def merge(
         _show_plan(out, prepared, executor.width)
         job.require_startable(prepared)
         return
-    report = job.run(prepared, executor, LocalFileSystem(), out.progress())
+    report = running.run(prepared, executor, LocalFileSystem(), out.progress())
     _show_report(out, report)
 
 

@@ -1,0 +1,124 @@
+"""What stands beside the shards of an output: sidecars, card, index, and the manifest last."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from uipe_merge._version import __version__
+from uipe_merge.checkpoint.adapter import CONFIG_NAME
+from uipe_merge.checkpoint.decisions import following
+from uipe_merge.checkpoint.index import INDEX_NAME
+from uipe_merge.checkpoint.scaled import DEFAULT_DTYPE, said_dtype
+from uipe_merge.job import Job, is_scaled
+from uipe_merge.output.card import CARD_NAME, encode_card, hub_id
+from uipe_merge.output.filesystem import write_document
+from uipe_merge.output.manifest import MANIFEST_NAME, FileRecord, encode_manifest, record_of
+from uipe_merge.output.sidecars import Edits, copy_sidecar
+from uipe_merge.plan import NUMERICS
+from uipe_merge.report import Summary, Sums, summarise, tensor_record
+
+if TYPE_CHECKING:
+    from uipe_merge.output.filesystem import FileSystem
+    from uipe_merge.output.journal import ShardRecord
+    from uipe_merge.output.staging import Staging
+    from uipe_merge.plan import Plan
+
+_RULES = {
+    "model": "theta_u + alpha * (theta_u - theta_0)",
+    "adapter": "theta_0 + (1 + alpha) * c * B * A: B + alpha * (B - 0)",
+}
+
+
+def write_rest(
+    job: Job, staging: Staging, filesystem: FileSystem, records: dict[str, ShardRecord]
+) -> None:
+    """Write everything but the shards; the manifest comes last."""
+    plan, model = job.plan, staging.model
+    summary, tensors = results(plan, records)
+    files = {record.name: FileRecord(record.size, record.sha256) for record in records.values()}
+    recipe = plan.recipe
+    edits = _edits(job)
+    for sidecar in job.sidecars:
+        changed = edits.get(sidecar.name, Edits())
+        files[sidecar.name] = copy_sidecar(filesystem, sidecar, model, changed)
+    documents = {CARD_NAME: encode_card(*job.pair, job.command, summary, recipe.form)}
+    if (index := plan.index_json()) is not None:
+        documents[INDEX_NAME] = index
+    for name, content in documents.items():
+        write_document(filesystem, model / name, content)
+        files[name] = record_of(content)
+    manifest = {
+        "tool": {"name": "uipe-merge", "version": __version__, "numerics": NUMERICS},
+        "rule": _RULES[recipe.form],
+        "command": job.command,
+        "recipe": {
+            "alpha": recipe.alpha,
+            "dtype": recipe.dtype,
+            "max_shard_bytes": recipe.max_shard_bytes,
+            "on_mismatch": recipe.on_mismatch,
+            "alpha_rules": [list(rule) for rule in recipe.rules],
+            "alpha_layers": [list(knot) for knot in recipe.layers],
+            "gradient": list(recipe.gradient),
+            "as": recipe.form,
+            "rounding": recipe.rounding,
+            "seed": recipe.seed,
+        },
+        "plan": plan.fingerprint(),
+        "inputs": {
+            side: {
+                "location": checkpoint.location,
+                "shards": [
+                    {
+                        "name": shard.name,
+                        "size": shard.stamp.size,
+                        "mtime_ns": shard.stamp.mtime_ns,
+                        "header_sha256": shard.header_sha256,
+                        **({"tag": shard.stamp.tag} if shard.stamp.tag else {}),
+                    }
+                    for shard in checkpoint.shards
+                ],
+            }
+            for side, checkpoint in job.pair._asdict().items()
+        },
+        "summary": summary.as_dict(),
+        "tensors": tensors,
+    }
+    write_document(filesystem, model / MANIFEST_NAME, encode_manifest(manifest, files))
+
+
+def _edits(job: Job) -> dict[str, Edits]:
+    """Return what a configuration must say other than the unlearned checkpoint's."""
+    original, unlearned = job.pair
+    if job.plan.recipe.form == "adapter" and unlearned.adapter is not None:
+        config = unlearned.adapter.config
+        fields: dict[str, object] = {} if config.get("inference_mode") else {"inference_mode": True}
+        if not config.get("base_model_name_or_path") and original.adapter is None:
+            fields["base_model_name_or_path"] = hub_id(original.location) or original.location
+        return {CONFIG_NAME: Edits(fields=fields)}
+    kept, dtype = unlearned.tensors, job.plan.recipe.dtype
+    steps = [step for step in job.plan.steps if step.name in kept]
+    changed = any(step.dtype != kept[step.name].kept_dtype for step in steps)
+    if dtype == "auto" and is_scaled(unlearned) and said_dtype(unlearned.config) is None:
+        dtype, changed = DEFAULT_DTYPE, True
+    fields = {}
+    if job.plan.recipe.on_mismatch == "keep-original":
+        fields = following(original.config, unlearned.config)
+    # Where the checkpoint has no config.json, the original's is carried over.
+    config = unlearned.config or original.config
+    removed = ("quantization_config",) if config.get("quantization_config") else ()
+    edits = Edits(dtype if changed and dtype != "auto" else None, fields, removed)
+    return {"config.json": edits}
+
+
+def results(
+    plan: Plan, records: dict[str, ShardRecord]
+) -> tuple[Summary, dict[str, dict[str, object]]]:
+    """Return the numbers over the model and the record of every tensor."""
+    sums = {
+        step.name: None if values is None else Sums(*values)
+        for shard in plan.shards
+        for step, values in zip(shard.steps, records[shard.name].moments, strict=True)
+    }
+    steps = list(plan.steps)
+    tensors = {step.name: tensor_record(step, sums[step.name]) for step in steps}
+    return summarise(steps, sums, plan.recipe.alpha), tensors

@@ -1,0 +1,166 @@
+"""From a recipe and two matched checkpoints to the plan."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from uipe_merge.checkpoint.adapter import ADAPTER
+from uipe_merge.checkpoint.dtypes import CONVERTIBLE, OUTPUT_DTYPES
+from uipe_merge.checkpoint.header import encode_header
+from uipe_merge.checkpoint.model import SINGLE_NAME, Checkpoint
+from uipe_merge.checkpoint.pair import tied_names
+from uipe_merge.coefficients import resolve
+from uipe_merge.errors import RecipeError, UsageError
+from uipe_merge.plan import Operation, Plan, Shard, Step
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from uipe_merge.checkpoint.decisions import Kept
+    from uipe_merge.checkpoint.header import TensorSpec
+    from uipe_merge.checkpoint.pair import Pairing
+    from uipe_merge.recipe import Recipe
+
+_BY_CHANCE = ("BF16", "F16")
+
+
+def make_plan(
+    original: Checkpoint, unlearned: Checkpoint, pairing: Pairing, recipe: Recipe
+) -> Plan:
+    """Resolve a recipe against two matched checkpoints.
+
+    Raises:
+        UsageError: A tensor alone is larger than the largest shard asked for.
+        RecipeError: A rule or the layers of the recipe match nothing.
+    """
+    alphas = resolve(recipe, list(pairing.pairs))
+    _refuse_untying(unlearned, alphas)
+    added = [name for name in pairing.kept if name not in unlearned.tensors]
+    drafts = [
+        _kept(name, pairing.kept[name], recipe)
+        if name in pairing.kept
+        else draft(name, *pairing.pairs[name], recipe, alphas[name])
+        for name in [*unlearned.tensors, *added]
+        if name in pairing.pairs or name in pairing.kept
+    ]
+    # What an adapter replaces lies in its own file, but belongs where the base has it.
+    layout = {
+        name: pairing.pairs[name][0].file
+        if spec.home.startswith(ADAPTER) and name in pairing.pairs
+        else spec.file
+        for name, spec in unlearned.tensors.items()
+    }
+    layout |= dict.fromkeys(added, max(layout.values()))  # what only the original has comes last
+    grouped = list(_layout(drafts, layout, recipe.max_shard_bytes))
+    shards = [placed(name, group) for name, group in grouped]
+    warnings = [*original.warnings, *unlearned.warnings, *pairing.warnings]
+    return Plan(recipe, shards, original.shards, unlearned.shards, warnings)
+
+
+def _refuse_untying(unlearned: Checkpoint, alphas: Mapping[str, float]) -> None:
+    """Refuse two α for one parameter: a head that is stored beside the embedding it is tied to."""
+    head, embedding = tied_names(unlearned)
+    if head in alphas and embedding in alphas and alphas[head] != alphas[embedding]:
+        raise RecipeError(
+            f"'{head}' and '{embedding}' are tied, and α is {alphas[head]:g} and "
+            f"{alphas[embedding]:g}",
+            remedy="give both one α, or the loaded model would have either",
+        )
+
+
+def _kept(name: str, kept: Kept, recipe: Recipe) -> Step:
+    """Carry a tensor over from one side, whatever α is."""
+    spec, dtype = kept.spec, kept.spec.dtype
+    if recipe.dtype != "auto" and dtype.name in CONVERTIBLE:
+        dtype = OUTPUT_DTYPES[recipe.dtype]
+    operation: Operation = "copy" if spec.dtype == dtype else "cast"
+    nbytes = spec.elements * dtype.bits // 8
+    return Step(name, operation, recipe.alpha, spec, None, dtype, 0, nbytes, kept.from_original)
+
+
+def draft(
+    name: str, original: TensorSpec, unlearned: TensorSpec, recipe: Recipe, alpha: float
+) -> Step:
+    """Decide the operation of one tensor; its place in the output is not known yet."""
+    dtype = unlearned.kept_dtype
+    if recipe.dtype != "auto" and dtype.name in CONVERTIBLE:
+        dtype = OUTPUT_DTYPES[recipe.dtype]
+    from_original = alpha == -1 and original.plain
+    source = original if from_original else unlearned
+    other: TensorSpec | None = None
+    operation: Operation
+    if not unlearned.dtype.computes:
+        operation = "copy" if from_original else "keep"
+        other = None if from_original else original
+        dtype = source.dtype
+    elif (alpha == 0 or from_original) and source.plain:
+        stored = {piece.dtype for piece in source.pieces or (source,)}
+        operation = "copy" if stored == {dtype} else "cast"
+    else:
+        operation, other = "extrapolate", original
+    nbytes = source.elements * dtype.bits // 8
+    noise: int | None = None
+    if recipe.rounding == "stochastic" and operation == "extrapolate" and dtype.name in _BY_CHANCE:
+        noise = _noise_key(recipe.seed, name)
+    return Step(name, operation, alpha, source, other, dtype, 0, nbytes, from_original, noise)
+
+
+def _noise_key(seed: int, name: str) -> int:
+    """Return the 64-bit key of one tensor's noise; see ``arithmetic.noise``."""
+    digest = hashlib.sha256(f"{seed}\0{name}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+def _layout(
+    drafts: list[Step], layout: Mapping[str, str], limit: int | None
+) -> Iterator[tuple[str, list[Step]]]:
+    """Group the tensors into named shards: the unlearned layout, or filled up to a limit."""
+    if limit is None:
+        groups: dict[str, list[Step]] = {}
+        for step in drafts:
+            groups.setdefault(_output_name(layout[step.name]), []).append(step)
+        if len(groups) == 1:
+            groups = {SINGLE_NAME: drafts}
+        yield from groups.items()
+        return
+    too_large = max(drafts, key=lambda step: step.nbytes)
+    if too_large.nbytes > limit:
+        raise UsageError(
+            f"has {too_large.nbytes} bytes, more than the largest shard of {limit}",
+            tensor=too_large.name,
+            remedy=f"raise --max-shard-size to at least {too_large.nbytes}",
+        )
+    filled: list[list[Step]] = [[]]
+    size = 0
+    for step in drafts:
+        if filled[-1] and size + step.nbytes > limit:
+            filled.append([])
+            size = 0
+        filled[-1].append(step)
+        size += step.nbytes
+    if len(filled) == 1:
+        yield SINGLE_NAME, drafts
+        return
+    for number, group in enumerate(filled, 1):
+        yield f"model-{number:05d}-of-{len(filled):05d}.safetensors", group
+
+
+def _output_name(file: str) -> str:
+    """Return the name of an output shard laid out like the input ``file``."""
+    if not file.endswith(".bin"):
+        return file
+    return f"{file.removesuffix('.bin').replace('pytorch_model', 'model')}.safetensors"
+
+
+def placed(name: str, drafts: list[Step]) -> Shard:
+    """Give every tensor of a shard its offset."""
+    header = encode_header(
+        (step.name, step.dtype, step.source.shape, step.nbytes) for step in drafts
+    )
+    steps: list[Step] = []
+    position = len(header)
+    for step in drafts:
+        steps.append(Step(*step[:6], position, *step[7:]))
+        position += step.nbytes
+    return Shard(name, header, steps, position)
