@@ -4,6 +4,8 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -167,6 +169,37 @@ def test_hazard_compressed_entry_is_refused_before_it_is_inflated(
             bomb.write(bytes(2**24))  # 1 GiB of zeros in 1 MB
     result = run_cli(original, unlearned, "--alpha", 1, "-o", tmp_path / "out", FLAG)
     assert_refused(result, 6, "compressed entry")
+
+
+# A process of its own does the waiting: what is counted as the child's begins with its parent's.
+WAITING = (
+    "import os, subprocess, sys\n"
+    "child = subprocess.Popen([sys.executable, '-m', 'uipe_merge', *sys.argv[1:]])\n"
+    "_, status, usage = os.wait4(child.pid, 0)\n"
+    "print(os.waitstatus_to_exitcode(status), usage.ru_maxrss)\n"
+)
+
+
+@pytest.mark.parametrize("hazard", ["a memo of a billion", "a zip bomb"])
+def test_hazard_pickles_end_within_512_mib(tmp_path: Path, original: Path, hazard: str) -> None:
+    unlearned = tmp_path / "unlearned"
+    if hazard == "a zip bomb":
+        unlearned.mkdir()
+        with (
+            zipfile.ZipFile(unlearned / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as archive,
+            archive.open("m/data.pkl", "w") as bomb,
+        ):
+            for _ in range(64):
+                bomb.write(bytes(2**24))
+    else:
+        hostile(unlearned, b"\x80\x02}r\xff\xff\xff\x3f.")
+    command = (original, unlearned, "--alpha", "1", "-o", tmp_path / "out", FLAG)
+    finished = subprocess.run(
+        [sys.executable, "-c", WAITING, *command], capture_output=True, text=True, check=True
+    )
+    code, peak = map(int, finished.stdout.split())  # KiB, of the program and of its own children
+    assert code in (4, 6), finished.stderr
+    assert peak < 512 * 1024
 
 
 def test_hazard_entry_that_climbs_out_and_entry_twice(tmp_path: Path, original: Path) -> None:
