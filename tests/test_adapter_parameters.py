@@ -181,29 +181,71 @@ def test_threads_and_blocks_change_no_byte(tmp_path: Path) -> None:
         assert shards_written(pair, tmp_path / f"{block}", block, 3) == wanted
 
 
-def test_experts_that_the_base_stores_one_by_one_are_refused(tmp_path: Path) -> None:
+def mixtral(root: Path) -> tuple[Path, Path]:
+    """A model whose experts are saved one by one, and an adapter on them."""
     torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=50,
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=1,
+        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
-        num_local_experts=3,
+        num_local_experts=12,  # in another order by name than by number
     )
-    model = MixtralForCausalLM(config)
-    model.save_pretrained(tmp_path / "base")
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(root / "base")
+    assert any("experts.0.w1" in name for name in read_tensors(root / "base"))
     tokens = torch.randint(0, 50, (3, 8))
     adapter = train(
-        model,
-        tmp_path / "adapter",
+        MixtralForCausalLM.from_pretrained(root / "base", dtype=torch.float32),
+        root / "adapter",
         lambda net: net(input_ids=tokens, labels=tokens).loss,
         target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        target_modules=["q_proj"],
     )
-    result = run_here(tmp_path / "base", adapter, "--alpha", 1, "-o", tmp_path / "out")
-    together, single = "layers.0.mlp.experts.down_proj", "experts.0.w1.weight"
-    assert_refused(result, 5, together, single, "one by one")
+    return root / "base", adapter
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 2.0])
+def test_experts_that_the_base_stores_one_by_one(tmp_path: Path, alpha: float) -> None:
+    base, adapter = mixtral(tmp_path)
+    model = MixtralForCausalLM.from_pretrained(base, dtype=torch.float64)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wrapped = PeftModel.from_pretrained(copy.deepcopy(model), str(adapter))
+    after = wrapped.double().merge_and_unload().state_dict()
+    outs = []
+    for threads in (1, 3):
+        out = tmp_path / f"out{threads}"
+        result = run_here(base, adapter, "--alpha", alpha, "-o", out, "--threads", threads)
+        assert result.code == 0, result.err
+        assert "matched as transformers does" in result.err
+        outs.append(read_tensors(out))
+    found, info = MixtralForCausalLM.from_pretrained(tmp_path / "out1", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for name, tensor in found.state_dict().items():
+        assert_merged(tensor, before[name], after[name], alpha)
+        assert np.array_equal(bits(outs[0][name]), bits(outs[1][name]))
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(changed) == 2 * 3
+
+
+def test_the_adapter_of_such_experts_is_written_too(tmp_path: Path) -> None:
+    base, adapter = mixtral(tmp_path)
+    command = (base, adapter, "--alpha", 2, "--as", "adapter", "-o", tmp_path / "out")
+    assert run_here(*command).code == 0
+    file = "adapter_model.safetensors"
+    before, after = load_file(adapter / file), load_file(tmp_path / "out" / file)
+    for name, tensor in after.items():
+        assert torch.equal(tensor, before[name] * (3 if "lora_B" in name else 1)), name
+
+
+def test_experts_that_the_table_does_not_relate_are_refused(tmp_path: Path) -> None:
+    base, adapter = mixtral(tmp_path)
+    config = base / "config.json"
+    config.write_text(config.read_text().replace('"mixtral"', '"unheard_of"'))
+    result = run_here(base, adapter, "--alpha", 1, "-o", tmp_path / "out")
+    fused, single = "layers.0.mlp.experts.down_proj", "experts.0.w1.weight"
+    assert_refused(result, 5, fused, single, "one by one")
 
 
 def test_empty_matrices_and_stacks_stay_empty(tmp_path: Path) -> None:

@@ -70,8 +70,8 @@ def test_a_program_that_fails_is_named_with_what_it_said() -> None:
 
 
 def test_peak_memory_is_that_of_the_child_in_bytes() -> None:
-    peak = measuring.run([sys.executable, "-c", "b'x' * 600_000_000"]).peak
-    assert 600_000_000 < peak < 700_000_000
+    peak = measuring.run([sys.executable, "-c", "b'x' * 1_200_000_000"]).peak
+    assert 1_200_000_000 < peak < 1_300_000_000
 
 
 # ----------------------------------------------------------------------- tables

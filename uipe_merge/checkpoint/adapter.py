@@ -17,6 +17,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from uipe_merge.checkpoint import experts
 from uipe_merge.checkpoint.factors import (
     MERGE_FIRST,
     Halves,
@@ -153,6 +154,8 @@ def open_adapter(folder: Folder, base: Checkpoint, *, allow_pickle: bool = False
         file.close()
     home = f"{ADAPTER}{len(base.folders)}"  # a base may have an adapter of its own
     stored = {spec.name: spec._replace(home=home) for spec in header.tensors}
+    if config.parameters and (fused := experts.together(base)) is not None:
+        base = base._replace(tensors=fused)  # PEFT names what the model has in memory
     tensors, adapter = _apply(folder.location, stored, base, config)
     shard = ShardInput(file_name, file.stamp, header.sha256, home)
     own = [each._replace(home=each.home or "base") for each in base.shards]

@@ -63,28 +63,43 @@ def relaid(original: Checkpoint, unlearned: Checkpoint) -> dict[str, TensorSpec]
     slots, renamed = _table(split)
     if not slots or not all(spec.plain for spec in original.tensors.values()):
         return None
-    if fused:
-        return _joined_experts(original.tensors, unlearned.tensors, slots, renamed)
-    return _cut_experts(original.tensors, unlearned.tensors, slots, renamed)
+    if not fused:
+        return _cut_experts(original.tensors, unlearned.tensors, slots, renamed)
+    tensors = _joined_experts(original.tensors, slots, renamed)
+    names = {slot.fused for slot in slots.values()}
+    if tensors is None or any(not _alike(tensors[name], unlearned, name) for name in names):
+        return None
+    return tensors
+
+
+def together(split: Checkpoint) -> dict[str, TensorSpec] | None:
+    """Return the tensors of a checkpoint with its experts fused, as the model has them in memory.
+
+    ``None`` where they are not stored one by one, or as ``relaid`` says.
+    """
+    slots, renamed = _table(split)
+    if not slots or not all(spec.plain for spec in split.tensors.values()):
+        return None
+    return _joined_experts(split.tensors, slots, renamed)
+
+
+def _alike(spec: TensorSpec, checkpoint: Checkpoint, name: str) -> bool:
+    return name in checkpoint.tensors and checkpoint.tensors[name].shape == spec.shape
 
 
 def _joined_experts(
-    original: Mapping[str, TensorSpec],
-    unlearned: Mapping[str, TensorSpec],
-    slots: Mapping[str, Slot],
-    renamed: Mapping[str, str],
+    stored: Mapping[str, TensorSpec], slots: Mapping[str, Slot], renamed: Mapping[str, str]
 ) -> dict[str, TensorSpec] | None:
     members: dict[str, dict[tuple[int, int], TensorSpec]] = {}
     tensors: dict[str, TensorSpec] = {}
-    for name, spec in original.items():
+    for name, spec in stored.items():
         if slot := slots.get(name):
             members.setdefault(slot.fused, {})[slot.expert, slot.position] = spec
         else:
             tensors[renamed.get(name, name)] = spec
     for name, parts in members.items():
-        whole = unlearned.get(name)
         shape = _fused_shape(parts)
-        if whole is None or shape != whole.shape:
+        if shape is None:
             return None
         tensors[name] = joined(name, shape, (parts[key] for key in sorted(parts)))
     return tensors

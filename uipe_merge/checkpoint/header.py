@@ -81,11 +81,12 @@ class TensorSpec(NamedTuple):
         return self.dtype if self.scales is None else self.scales.dtype
 
     def in_home(self, home: str) -> TensorSpec:
-        """Return it and its scales as tensors of another folder."""
+        """Return it, its scales and its pieces as tensors of another folder."""
         scales = self.scales
         if scales is not None:
             scales = scales._replace(values=scales.values._replace(home=home))
-        return self._replace(home=home, scales=scales)
+        pieces = tuple(piece.in_home(home) for piece in self.pieces)
+        return self._replace(home=home, scales=scales, pieces=pieces)
 
     @property
     def elements(self) -> int:
@@ -98,7 +99,7 @@ class TensorSpec(NamedTuple):
         """Return ``count`` elements from ``start``, which must lie in one piece, as a vector."""
         for piece in self.pieces:
             if start < piece.elements:
-                return piece.part(start, count)
+                return piece.part(start, count)._replace(factors=self.factors)
             start -= piece.elements
         size = self.dtype.bits // 8
         return self._replace(shape=(count,), offset=self.offset + start * size, nbytes=count * size)
