@@ -19,7 +19,7 @@ def inspect(
         str,
         typer.Argument(
             metavar="ORIGINAL",
-            help="The original checkpoint θ₀: a directory, or ORG/NAME@REVISION.",
+            help="The original checkpoint θ₀: a directory, URL or ORG/NAME@REVISION.",
         ),
     ],
     unlearned: Annotated[
