@@ -7,8 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_refused, contents, read_tensors, run_cli, run_here
+from helpers import (
+    assert_refused,
+    contents,
+    read_tensors,
+    run_cli,
+    run_here,
+    write_checkpoint,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 Make = Callable[[], Any]
@@ -301,3 +309,24 @@ def test_a_pickled_adapter_needs_the_flag(tmp_path: Path, family: Path) -> None:
     )
     found, expected = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "st")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_what_an_adapter_replaces_stays_in_its_shard(tmp_path: Path, shards: int) -> None:
+    names = [*(f"model.layers.{number}.a.weight" for number in range(4)), "lm_head.weight"]
+    tensors = {name: torch.ones(4, 4) * number for number, name in enumerate(names)}
+    original = write_checkpoint(tmp_path / "original", tensors, shards=shards)
+    model = write_checkpoint(tmp_path / "model", tensors, shards=2)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(
+        {"base_model.model.lm_head.weight": torch.ones(4, 4)}, adapter / "adapter_model.safetensors"
+    )
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "modules_to_save": ["lm_head"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    command = (original, f"{model}+{adapter}", "--alpha", 1, "-o", tmp_path / "out")
+    result = run_here(*command)
+    assert result.code == 0, result
+    found = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
+    assert found == {path.name for path in model.glob("*.safetensors")}
+    assert set(read_tensors(tmp_path / "out")) == set(names)

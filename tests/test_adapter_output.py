@@ -11,11 +11,18 @@ import pytest
 import torch
 from cli_tools import refuse
 from fakes_output import FailingFileSystem
-from helpers import contents, read_tensors, run_cli, run_here
+from helpers import contents, read_tensors, run_cli, run_here, write_checkpoint
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import uipe_merge
 from uipe_merge import api, running
@@ -495,3 +502,58 @@ def test_dora_is_no_multiple_of_its_factor(tmp_path: Path) -> None:
     arguments = (base, adapter, "--alpha", 2, "-o", tmp_path / "out")
     refuse(tmp_path, 5, "is DoRA", "--as model", arguments=(*arguments, "--as", "adapter"))
     assert run_here(*arguments).code == 0
+
+
+def test_a_tensor_that_is_stored_whole_under_the_name_in_memory(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=3,
+    )
+    model = MixtralForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    name = "base_model.model.model.layers.0.mlp.experts"
+    gate = load_file(tmp_path / "base" / "model.safetensors")[
+        "model.layers.0.block_sparse_moe.gate.weight"
+    ]
+    tensors = {
+        f"{name}.lora_A.weight": torch.ones(3 * 2, 24),
+        f"{name}.lora_B.weight": torch.ones(16, 3 * 2),
+        "base_model.model.model.layers.0.mlp.gate.weight": gate + 1,
+    }
+    save_file(tensors, adapter / WEIGHTS)
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "modules_to_save": ["gate"]}
+    settings["target_parameters"] = ["experts.down_proj"]
+    (adapter / CONFIG).write_text(json.dumps(settings))
+    command = (tmp_path / "base", adapter, "--alpha", 2, "-o", tmp_path / "out")
+    result = run_here(*command, "--as", "adapter")
+    assert result.code == 0, result
+    found = load_file(tmp_path / "out" / WEIGHTS)
+    assert torch.allclose(found["base_model.model.model.layers.0.mlp.gate.weight"], gate + 3)
+    assert torch.equal(found[f"{name}.lora_B.weight"], torch.full((16, 6), 3.0))
+
+
+def test_two_alphas_for_a_tied_head_are_refused_here_too(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    write_checkpoint(
+        base, {name: torch.ones(4, 2) for name in names}, config={"tie_word_embeddings": True}
+    )
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(
+        {f"base_model.model.{name}": torch.ones(4, 2) * 2 for name in names}, adapter / WEIGHTS
+    )
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "modules_to_save": ["lm_head"]}
+    (adapter / CONFIG).write_text(json.dumps(settings))
+    rule = ("--alpha", 1, "--alpha-rule", "lm_head*=2")
+    for form in ("model", "adapter"):
+        arguments = (base, adapter, *rule, "-o", tmp_path / "out", "--as", form)
+        refuse(tmp_path, 3, "are tied", arguments=arguments)

@@ -83,7 +83,7 @@ def test_the_first_rule_that_matches_decides(models: tuple[Path, Tensors, Tensor
     assert np.array_equal(bits(merged[HEAD]), bits(unlearned[HEAD]))
     assert np.array_equal(bits(merged["model.norm.weight"]), bits(original["model.norm.weight"]))
     manifest = json.loads((root / "out" / "uipe_merge.json").read_text())
-    assert manifest["summary"]["alpha_spread"] == [-0.5, 3.0]
+    assert manifest["summary"]["alpha_spread"] == [-1.0, 3.0]
     steps = updates = along = errors = 0.0
     for name in NAMES:
         if wanted[name] in (0.0, -1.0):
@@ -160,6 +160,10 @@ def test_a_dry_run_says_how_many_tensors_get_which_alpha(
         (("--alpha-rule", "lm_head"), ("'lm_head' is not PATTERN=ALPHA",)),
         (("--alpha-rule", "=2"), ("is not PATTERN=ALPHA",)),
         (("--alpha-rule", "lm_head*=x"), ("is not PATTERN=ALPHA",)),
+        (("--alpha-rule", "lm_head*=1_0"), ("is not PATTERN=ALPHA",)),
+        (("--alpha-layers", "1_0=2"), ("is not LAYER=ALPHA",)),
+        (("--alpha-layers", "٣=1"), ("is not LAYER=ALPHA",)),
+        (("--alpha-layers", " 1=1"), ("is not LAYER=ALPHA",)),
         (("--alpha-rule", "lm_head*=nan"), ("alpha is nan",)),
         (("--alpha-layers", "0=0,9=2"), ("layer 9", "the layers are 0 to 4")),
         (("--alpha-layers", "3=0,1=2"), ("not in order",)),
@@ -222,6 +226,16 @@ def test_the_schedule_is_what_numpy_interpolates(knots: list[tuple[int, float]])
     for at in range(45):
         wanted = np.interp(at, [x for x, _ in points], [y for _, y in points])
         assert interpolated(points, at) == pytest.approx(float(wanted), abs=1e-12)
+
+
+def test_a_rule_that_copies_everything_is_what_the_card_says(
+    models: tuple[Path, Tensors, Tensors],
+) -> None:
+    root, _, unlearned = models
+    merge(root, "--alpha", 2, "--alpha-rule", "*=0")
+    assert "extrapolated with α = 0\n" in (root / "out" / "README.md").read_text()
+    for name, tensor in read_tensors(root / "out").items():
+        assert np.array_equal(bits(tensor), bits(unlearned[name]))
 
 
 def test_nothing_but_the_catch_all_is_one_alpha() -> None:

@@ -298,3 +298,36 @@ def test_the_flag_changes_nothing_where_nothing_is_scaled(tmp_path: Path) -> Non
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     assert one["config.json"] == two["config.json"]
     assert one["model.safetensors"] == two["model.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
+def test_a_config_without_a_dtype_gets_that_of_the_output(tmp_path: Path, dtype: str) -> None:
+    write_fp8_pair(tmp_path)
+    path = tmp_path / "unlearned" / "config.json"
+    settings = json.loads(path.read_bytes())
+    settings.pop("dtype", None)
+    settings.pop("torch_dtype", None)
+    path.write_text(json.dumps(settings))
+    out = merge(tmp_path, 1, "--dtype", dtype)
+    written = json.loads((out / "config.json").read_bytes())["dtype"]
+    assert written == ("bfloat16" if dtype == "auto" else dtype)
+
+
+def test_the_command_in_the_manifest_can_be_given_again(tmp_path: Path) -> None:
+    for side in ("original", "unlearned"):
+        write_any(
+            tmp_path / side,
+            {"a": torch.ones(2, 2).bfloat16()},
+            config={**CONFIG, "quantization_config": {"quant_method": "fp8"}},
+        )
+    command = (tmp_path / "original", tmp_path / "unlearned", "--alpha", 1, "-o", tmp_path / "out")
+    assert run_here(*command, "--dequantize").code == 0
+    manifest = json.loads((tmp_path / "out" / "uipe_merge.json").read_bytes())
+    assert manifest["command"].endswith(" --dequantize")
+
+
+def test_nothing_is_left_to_chance_where_nothing_is_amplified(tmp_path: Path) -> None:
+    write_fp8_pair(tmp_path)
+    nearest = read_tensors(merge(tmp_path, 0))
+    chance = read_tensors(merge(tmp_path, 0, "--rounding", "stochastic", output="chance"))
+    assert all(torch.equal(nearest[name], chance[name]) for name in nearest)

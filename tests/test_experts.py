@@ -6,8 +6,9 @@ import pytest
 import torch
 import transformers
 from cli_tools import refuse_merge
-from helpers import contents, read_tensors, run_cli
+from helpers import assert_refused, contents, read_tensors, run_cli
 from reference import assert_merged
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 SIZES = {
@@ -114,8 +115,6 @@ def test_a_model_that_the_table_does_not_know_is_refused_naming_both(
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_expert_that_is_missing_is_refused(tmp_path: Path, fused: bool) -> None:
-    from safetensors.torch import save_file
-
     original, unlearned = make("mixtral")
     save(original, tmp_path / "original", fused=not fused)
     save(unlearned, tmp_path / "unlearned", fused=fused)
@@ -124,3 +123,29 @@ def test_an_expert_that_is_missing_is_refused(tmp_path: Path, fused: bool) -> No
     tensors.pop(next(name for name in tensors if ".experts.3.w2" in name))
     save_file(tensors, split / "model.safetensors", metadata={"format": "pt"})
     refuse_merge(tmp_path, 5, "one by one", "fused")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64])
+def test_an_expert_of_another_kind_of_numbers_is_refused(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    original, unlearned = make("mixtral")
+    save(original, tmp_path / "original", fused=False)
+    save(unlearned, tmp_path / "unlearned", fused=True)
+    tensors = read_tensors(tmp_path / "original")
+    name = next(name for name in tensors if ".experts.3.w2" in name)
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, tmp_path / "original" / "model.safetensors", metadata={"format": "pt"})
+    refuse_merge(tmp_path, 5, "one by one", "fused")
+
+
+def test_a_value_that_is_not_finite_is_named_where_it_is_stored(tmp_path: Path) -> None:
+    original, unlearned = make("mixtral")
+    save(original, tmp_path / "original", fused=False)
+    save(unlearned, tmp_path / "unlearned", fused=True)
+    tensors = read_tensors(tmp_path / "original")
+    name = next(name for name in tensors if ".1." in name and ".experts.3.w3" in name)
+    tensors[name][2, 5] = torch.nan
+    save_file(tensors, tmp_path / "original" / "model.safetensors", metadata={"format": "pt"})
+    command = (tmp_path / "original", tmp_path / "unlearned", "--alpha", 1, "-o", tmp_path / "out")
+    assert_refused(run_cli(*command), 7, name, "holds 1 values", f"index {2 * 16 + 5}")

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from fakes import MemoryFile
 from helpers import raw_safetensors
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from uipe_merge.checkpoint.dtypes import DTYPES
@@ -19,6 +21,7 @@ from uipe_merge.checkpoint.header import (
     Header,
     TensorSpec,
     encode_header,
+    joined,
     read_header,
 )
 from uipe_merge.checkpoint.storage import Stamp
@@ -246,3 +249,34 @@ class Counting(MemoryFile):
     def read_into(self, buffer: memoryview, offset: int) -> None:
         self.bytes_read += len(buffer)
         super().read_into(buffer, offset)
+
+
+# ---------------------------------------------------------------- tensors made of pieces
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.data())
+def test_a_cut_of_a_tensor_made_of_pieces_is_that_of_its_elements(
+    sizes: list[int], data: st.DataObject
+) -> None:
+    # Piece n holds n·100, n·100 + 1, …: where an element lies says which one it is.
+    pieces = [
+        TensorSpec(f"p{number}", DTYPES["BF16"], (size,), "f", 200 * number, 2 * size)
+        for number, size in enumerate(sizes)
+    ]
+    elements = [number * 100 + at for number, size in enumerate(sizes) for at in range(size)]
+    whole = joined("t", (len(elements),), [joined("inner", (sizes[0],), pieces[:1]), *pieces[1:]])
+    assert whole.elements == len(elements)
+    start = data.draw(st.integers(0, len(elements)))
+    count = data.draw(st.integers(0, len(elements) - start))
+    found = [
+        part.offset // 2 + at for part in whole.cut(start, count) for at in range(part.elements)
+    ]
+    assert found == elements[start : start + count]
+
+
+def test_a_part_across_a_seam_is_a_defect_of_the_caller() -> None:
+    pieces = [TensorSpec("p", DTYPES["F32"], (3,), "f", 12 * number, 12) for number in range(2)]
+    whole = joined("t", (6,), pieces)
+    assert whole.part(3, 3).offset == 12
+    with pytest.raises(AssertionError):
+        whole.part(2, 2)

@@ -166,7 +166,8 @@ def test_a_value_that_is_not_finite_is_found_in_the_rows_that_are_kept(tmp_path:
     one, two = torch.ones(4, 2), torch.ones(6, 2) * 2
     two[5, 1] = torch.nan
     models(tmp_path, {EMBEDDING: one}, {EMBEDDING: two})
-    assert_refused(common_rows(tmp_path), 7, EMBEDDING, "holds 1 values", "index 11")
+    unlearned = str(tmp_path / "unlearned" / "model.safetensors")
+    assert_refused(common_rows(tmp_path), 7, unlearned, EMBEDDING, "holds 1 values", "index 11")
     assert not (tmp_path / "out").exists()
 
 
@@ -266,3 +267,26 @@ def test_an_interrupted_run_of_another_decision_is_not_gone_on_with(
     assert not partial.exists()
     merged(root, "keep-unlearned")
     assert contents(root / "out") != first
+
+
+def test_an_adapter_has_nothing_to_decide(tmp_path: Path) -> None:
+    models(tmp_path, {EMBEDDING: torch.ones(2, 2)}, {EMBEDDING: torch.ones(2, 2)})
+    extra = ("--as", "adapter", "--on-mismatch", "keep-unlearned")
+    refuse_merge(tmp_path, 2, "nothing to decide", "--as model", extra=extra)
+
+
+def test_advice_that_was_followed_is_not_given_again(tmp_path: Path) -> None:
+    one = {EMBEDDING: torch.ones(2, 2)}
+    models(tmp_path, one, one, (CONFIG, {**CONFIG, "model_type": "gpt2"}))
+    extra = ("--on-mismatch", "keep-unlearned")
+    result = refuse_merge(tmp_path, 5, "model_type", extra=extra)
+    assert "decide with" not in result.err
+
+
+def test_what_was_kept_keeps_the_two_from_being_called_identical(tmp_path: Path) -> None:
+    same = torch.ones(2, 2)
+    models(tmp_path, {EMBEDDING: same}, {EMBEDDING: same, NEW: torch.ones(3)})
+    command = (tmp_path / "original", tmp_path / "unlearned", "--alpha", 1, "-o", tmp_path / "out")
+    result = run_cli(*command, "--on-mismatch", "keep-unlearned")
+    assert result.code == 0
+    assert "identical" not in result.err

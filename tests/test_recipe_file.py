@@ -133,6 +133,16 @@ def refused(
         ("alpha: .inf", "alpha is inf"),
         ("alpha: .nan", "alpha is nan"),
         ("alpha: 1\nalpha: 2", "'alpha' twice"),
+        ("alpha: 010", "'010' is not written as a plain number"),
+        ("alpha: 1:30", "not written as a plain number"),
+        ("alpha: 1_000", "not written as a plain number"),
+        ("alpha: 0x10", "not written as a plain number"),
+        ("alpha: 1" + ":00" * 200 + ".0", "not written as a plain number"),
+        ("alpha: 1" + ":0" * 200_000, "not written as a plain number"),
+        ("alpha: 1\nalpha_layers: {010: 1}", "not written as a plain number"),
+        ("alpha: 1\nseed: 1.5", "seed is 1.5, not a whole number"),
+        ("alpha: 1\nseed: 99999999999999999999", "no number of 64 bits"),
+        ("alpha: 1\nmax_shard_size: null", "max_shard_size is None, not a text"),
         ("alpha: 1\nalfa: 2", "did you mean alpha?"),
         ("alpha: 1\nzzzzzz: 2", "known are alpha"),
         ("alpha: 1\nalpha_rules: {a: 1}", "not a list"),
@@ -172,6 +182,7 @@ def test_a_yaml_that_is_no_recipe(tmp_path: Path, text: str | bytes, fragment: s
         ("json", "[" * 100_000, "nested too deeply"),
         ("json", '{"alpha": ' + "9" * 5000 + "}", "malformed"),
         ("json", "{", "malformed"),
+        ("toml", "alpha = 1\nseed = 0x" + "f" * 4000, "no number of 64 bits"),
         ("toml", "alpha = 1\nalpha = 2", "malformed"),
         ("toml", "alpha = nan", "alpha is nan"),
         ("toml", "a = " + "[" * 5000, "nested too deeply"),
@@ -186,6 +197,14 @@ def test_a_json_or_toml_that_is_no_recipe(
 
 def test_a_recipe_by_another_name_is_a_usage_error(tmp_path: Path) -> None:
     refused(tmp_path, 2, "alpha: 1", "no recipe by its name", ending="txt")
+
+
+def test_a_shard_size_that_is_none_is_a_usage_error(tmp_path: Path) -> None:
+    original, unlearned = write_pair(tmp_path)
+    command = (original, unlearned, "-o", tmp_path / "out", "--recipe")
+    for number, size in enumerate(("0", "-5", "0x" + "f" * 4000)):
+        recipe = write(tmp_path / f"r{number}.toml", f"alpha = 1\nmax_shard_size = {size}")
+        assert_refused(run_cli(*command, recipe), 2, "holds nothing, or is no size of a file")
 
 
 def test_an_alpha_that_leaves_nothing_is_a_numeric_error(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from uipe_merge.checkpoint.header import ZERO
 from uipe_merge.coefficients import resolve
 from uipe_merge.errors import IncompatibleModelsError
 from uipe_merge.plan import Plan, Step
-from uipe_merge.planning import draft, placed
+from uipe_merge.planning import draft, placed, refuse_untying
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -59,7 +59,8 @@ def make_adapter_plan(
             "--as model",
         )
     alphas = resolve(recipe, list(pairing.pairs))
-    drafts = [_draft(name, adapter, original, recipe, alphas) for name in adapter.stored]
+    refuse_untying(unlearned, alphas)
+    drafts = [_draft(name, adapter, pairing, recipe, alphas) for name in adapter.stored]
     warnings = [*original.warnings, *unlearned.warnings, *pairing.warnings]
     shards = [placed(WEIGHTS_NAME, drafts)]
     return Plan(recipe, shards, original.shards, unlearned.shards, warnings)
@@ -70,12 +71,12 @@ def _places(folders: Iterable[Folder]) -> set[str]:
 
 
 def _draft(
-    name: str, adapter: Adapter, original: Checkpoint, recipe: Recipe, alphas: Mapping[str, float]
+    name: str, adapter: Adapter, pairing: Pairing, recipe: Recipe, alphas: Mapping[str, float]
 ) -> Step:
     """Decide the operation of one tensor of the adapter, with α of the tensor it changes."""
     spec = adapter.stored[name]
     if target := adapter.replaced.get(name):
-        return draft(name, original.tensors[target], spec, recipe, alphas[target])
+        return draft(name, pairing.pairs[target][0], spec, recipe, alphas[target])
     if target := adapter.left.get(name):
         return draft(name, spec._replace(home=ZERO), spec, recipe, alphas[target])
     # An A stays, whatever α is: it is carried over as all is at α = 0.

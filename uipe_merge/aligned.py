@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 
-PAGE = 4096
+PAGE = max(4096, mmap.PAGESIZE)
+"""Bytes that neither a disk nor the page cache divides between two writers."""
+
 _ELEMENT = 8  # bytes of the widest number
 
 

@@ -98,8 +98,8 @@ def _edits(job: Job) -> dict[str, Edits]:
     kept, dtype = unlearned.tensors, job.plan.recipe.dtype
     steps = [step for step in job.plan.steps if step.name in kept]
     changed = any(step.dtype != kept[step.name].kept_dtype for step in steps)
-    if dtype == "auto" and is_scaled(unlearned) and said_dtype(unlearned.config) is None:
-        dtype, changed = DEFAULT_DTYPE, True
+    if is_scaled(unlearned) and said_dtype(unlearned.config) is None:
+        dtype, changed = DEFAULT_DTYPE if dtype == "auto" else dtype, True
     fields = {}
     if job.plan.recipe.on_mismatch == "keep-original":
         fields = following(original.config, unlearned.config)

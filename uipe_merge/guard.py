@@ -111,12 +111,18 @@ class Guard:
         reader = BlockReader(self._pair, _WIDEST, BLOCK)
         try:
             for spec, side in tensors:
-                found = combine(
-                    (start, self._scanner.scan(data, dtype))
-                    for start, dtype, data in reader.blocks(spec, side)
-                )
-                if found is not None:
-                    raise _not_finite(shown(self._pair, spec, side), spec, found)
+                before = 0
+                for piece in spec.pieces or (spec,):
+                    found = combine(
+                        (start, self._scanner.scan(data, dtype))
+                        for start, dtype, data in reader.blocks(piece, side)
+                    )
+                    if found is not None:
+                        # Rows of the tensor itself count from its beginning, an expert's from its own.
+                        own = before if piece.name == spec.name else 0
+                        found = found._replace(first=found.first + own)
+                        raise _not_finite(shown(self._pair, piece, side), piece, found)
+                    before += piece.elements
         finally:
             reader.close()
 

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]
 
+_COMMANDS = ("merge", "inspect", "verify", "demo")
 _REMOTE_BLOCK = 4 * 2**20  # bytes: eight threads with three of them stay far below 512 MiB
 
 
@@ -89,7 +90,7 @@ class Job:
         words += [*self.plan.recipe.words(), "-o", self.named]
         if any(shard.name.endswith(".bin") for side in self.pair for shard in side.shards):
             words.append("--allow-pickle")
-        if any(is_scaled(side) for side in self.pair):
+        if any(is_scaled(side) or side.config.get("quantization_config") for side in self.pair):
             words.append("--dequantize")
         return shlex.join(words)
 
@@ -186,8 +187,8 @@ def _space(plan: Plan, sidecars: list[Sidecar], target: Path, *, delivered: bool
 
 
 def _operand(path: str) -> str:
-    """Return a path that the command line cannot take for an option."""
-    return f"./{path}" if path.startswith("-") else path
+    """Return a path that the command line can take for nothing else."""
+    return f"./{path}" if path.startswith("-") or path in _COMMANDS else path
 
 
 @contextmanager

@@ -187,8 +187,7 @@ class Plan(NamedTuple):
             block: Elements read at a time.
             remote: Whether a network is read from or written to.
         """
-        widths = ((step.source.dtype.bits, step.dtype.bits) for step in self.steps)
-        widest = max((max(pair) // 8 for pair in widths), default=0)
+        widest = max(map(_widest, self.steps), default=0)
         # Per thread: two input blocks and one output block (over a network, two more of what just
         # came in), the cells of the arithmetic and of the norms of DoRA, and an adapter's factors
         # and scales with room for a wider type and a transposed copy.
@@ -226,6 +225,13 @@ class Plan(NamedTuple):
             sum(step.nbytes for step in self.steps),
             sum(step.elements for step in self.steps),
         )
+
+
+def _widest(step: Step) -> int:
+    """Return the bytes of the widest element that a step reads or writes."""
+    sides = [side for side in (step.source, step.original) if side is not None]
+    dtypes = [piece.dtype for side in sides for piece in side.pieces or (side,)]
+    return max(dtype.bits // 8 for dtype in (*dtypes, step.dtype))
 
 
 def _beside_bytes(step: Step) -> int:

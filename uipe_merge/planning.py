@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from uipe_merge.checkpoint.adapter import ADAPTER
 from uipe_merge.checkpoint.dtypes import CONVERTIBLE, OUTPUT_DTYPES
 from uipe_merge.checkpoint.header import encode_header
 from uipe_merge.checkpoint.model import SINGLE_NAME, Checkpoint
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from uipe_merge.checkpoint.decisions import Kept
+    from uipe_merge.checkpoint.dtypes import DType
     from uipe_merge.checkpoint.header import TensorSpec
     from uipe_merge.checkpoint.pair import Pairing
     from uipe_merge.recipe import Recipe
@@ -35,7 +35,7 @@ def make_plan(
         RecipeError: A rule or the layers of the recipe match nothing.
     """
     alphas = resolve(recipe, list(pairing.pairs))
-    _refuse_untying(unlearned, alphas)
+    refuse_untying(unlearned, alphas)
     added = [name for name in pairing.kept if name not in unlearned.tensors]
     drafts = [
         _kept(name, pairing.kept[name], recipe)
@@ -44,13 +44,9 @@ def make_plan(
         for name in [*unlearned.tensors, *added]
         if name in pairing.pairs or name in pairing.kept
     ]
-    # What an adapter replaces lies in its own file, but belongs where the base has it.
-    layout = {
-        name: pairing.pairs[name][0].file
-        if spec.home.startswith(ADAPTER) and name in pairing.pairs
-        else spec.file
-        for name, spec in unlearned.tensors.items()
-    }
+    layout = {name: spec.file for name, spec in unlearned.tensors.items()}
+    if unlearned.adapter is not None:  # what it replaces lies in its own file
+        layout |= unlearned.adapter.places
     layout |= dict.fromkeys(added, max(layout.values()))  # what only the original has comes last
     grouped = list(_layout(drafts, layout, recipe.max_shard_bytes))
     shards = [placed(name, group) for name, group in grouped]
@@ -58,8 +54,12 @@ def make_plan(
     return Plan(recipe, shards, original.shards, unlearned.shards, warnings)
 
 
-def _refuse_untying(unlearned: Checkpoint, alphas: Mapping[str, float]) -> None:
-    """Refuse two α for one parameter: a head that is stored beside the embedding it is tied to."""
+def refuse_untying(unlearned: Checkpoint, alphas: Mapping[str, float]) -> None:
+    """Refuse two α for one parameter: a head that is stored beside the embedding it is tied to.
+
+    Raises:
+        RecipeError: They are two.
+    """
     head, embedding = tied_names(unlearned)
     if head in alphas and embedding in alphas and alphas[head] != alphas[embedding]:
         raise RecipeError(
@@ -74,8 +74,8 @@ def _kept(name: str, kept: Kept, recipe: Recipe) -> Step:
     spec, dtype = kept.spec, kept.spec.dtype
     if recipe.dtype != "auto" and dtype.name in CONVERTIBLE:
         dtype = OUTPUT_DTYPES[recipe.dtype]
-    operation: Operation = "copy" if spec.dtype == dtype else "cast"
     nbytes = spec.elements * dtype.bits // 8
+    operation = _carried(spec, dtype)
     return Step(name, operation, recipe.alpha, spec, None, dtype, 0, nbytes, kept.from_original)
 
 
@@ -95,15 +95,20 @@ def draft(
         other = None if from_original else original
         dtype = source.dtype
     elif (alpha == 0 or from_original) and source.plain:
-        stored = {piece.dtype for piece in source.pieces or (source,)}
-        operation = "copy" if stored == {dtype} else "cast"
+        operation = _carried(source, dtype)
     else:
         operation, other = "extrapolate", original
     nbytes = source.elements * dtype.bits // 8
     noise: int | None = None
-    if recipe.rounding == "stochastic" and operation == "extrapolate" and dtype.name in _BY_CHANCE:
+    amplified = operation == "extrapolate" and alpha not in (0, -1)
+    if recipe.rounding == "stochastic" and amplified and dtype.name in _BY_CHANCE:
         noise = _noise_key(recipe.seed, name)
     return Step(name, operation, alpha, source, other, dtype, 0, nbytes, from_original, noise)
+
+
+def _carried(spec: TensorSpec, dtype: DType) -> Operation:
+    stored = {piece.dtype for piece in spec.pieces or (spec,)}
+    return "copy" if stored == {dtype} else "cast"
 
 
 def _noise_key(seed: int, name: str) -> int:

@@ -21,6 +21,8 @@ FORMS: tuple[Form, ...] = get_args(Form)
 Rounding = Literal["nearest", "stochastic"]
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 
+_NUMBER = re.compile(r"[-+]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|inf|nan)")
+_LAYER = re.compile(r"-?[0-9]{1,9}")
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -75,6 +77,9 @@ class Recipe:
             )
         if self.layers and self.gradient:
             raise RecipeError("has both layers and a gradient", remedy="give one of them")
+        self._check_choices()
+
+    def _check_choices(self) -> None:
         if self.dtype != "auto" and self.dtype not in OUTPUT_DTYPES:
             raise UsageError(
                 f"unknown dtype '{self.dtype}'",
@@ -85,11 +90,13 @@ class Recipe:
                 f"unknown decision '{self.on_mismatch}' about mismatches",
                 remedy=f"choose one of {', '.join(DECISIONS)}",
             )
-        if self.max_shard_bytes is not None and self.max_shard_bytes <= 0:
+        if self.max_shard_bytes is not None and not 0 < self.max_shard_bytes < 2**63:
             raise UsageError(
-                f"a shard of {self.max_shard_bytes} bytes holds nothing",
+                "the largest shard holds nothing, or is no size of a file",
                 remedy="give a size such as 5GB",
             )
+        if not -(2**63) <= self.seed < 2**64:
+            raise RecipeError("the seed is no number of 64 bits", remedy="choose a smaller one")
         if self.rounding not in ROUNDINGS:
             raise UsageError(
                 f"cannot round '{self.rounding}'", remedy=f"choose one of {', '.join(ROUNDINGS)}"
@@ -97,6 +104,11 @@ class Recipe:
         if self.form not in FORMS:
             raise UsageError(
                 f"cannot write '{self.form}'", remedy=f"choose one of {', '.join(FORMS)}"
+            )
+        if self.form == "adapter" and self.on_mismatch != "error":
+            raise UsageError(
+                "an adapter fits its base or it does not: there is nothing to decide",
+                remedy="leave out --on-mismatch, or write a whole model with --as model",
             )
         if self.form == "adapter" and self.max_shard_bytes is not None:
             raise UsageError(
@@ -173,11 +185,8 @@ def parse_rule(text: str) -> tuple[str, float]:
         RecipeError: It has not that form.
     """
     pattern, _, alpha = text.rpartition("=")
-    try:
-        if pattern:
-            return pattern, float(alpha)
-    except ValueError:
-        pass
+    if pattern and _NUMBER.fullmatch(alpha):
+        return pattern, float(alpha)
     raise RecipeError(
         f"the rule '{text}' is not PATTERN=ALPHA", remedy="write it like 'model.layers.*.mlp.*=3'"
     )
@@ -189,13 +198,10 @@ def parse_layers(text: str) -> tuple[tuple[int, float], ...]:
     Raises:
         RecipeError: It has not that form.
     """
-    try:
-        pairs = [knot.split("=") for knot in text.split(",")]
-        return tuple((int(layer), float(alpha)) for layer, alpha in pairs)
-    except ValueError:
-        raise RecipeError(
-            f"'{text}' is not LAYER=ALPHA,…", remedy="write it like 0=0,16=2,31=1"
-        ) from None
+    knots = [knot.partition("=") for knot in text.split(",")]
+    if all(_LAYER.fullmatch(layer) and _NUMBER.fullmatch(alpha) for layer, _, alpha in knots):
+        return tuple((int(layer), float(alpha)) for layer, _, alpha in knots)
+    raise RecipeError(f"'{text}' is not LAYER=ALPHA,…", remedy="write it like 0=0,16=2,31=1")
 
 
 def parse_gradient(text: str) -> tuple[float, ...]:
@@ -204,10 +210,10 @@ def parse_gradient(text: str) -> tuple[float, ...]:
     Raises:
         RecipeError: It has not that form.
     """
-    try:
-        return tuple(map(float, text.split(",")))
-    except ValueError:
-        raise RecipeError(f"'{text}' is not ALPHA,ALPHA,…", remedy="write it like 0,2,1") from None
+    values = text.split(",")
+    if all(map(_NUMBER.fullmatch, values)):
+        return tuple(map(float, values))
+    raise RecipeError(f"'{text}' is not ALPHA,ALPHA,…", remedy="write it like 0,2,1")
 
 
 def parse_size(text: str) -> int:

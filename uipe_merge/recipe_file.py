@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _LARGEST, _DEEPEST = 1_000_000, 8
+_PLAIN = re.compile(
+    r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF|nan|NaN|NAN))"
+)
 _KEYS = (
     "alpha",
     "alpha_rules",
@@ -73,7 +77,7 @@ def read_recipe(named: str | os.PathLike[str]) -> Recipe:
         raise RecipeError(error.message, file=path, remedy=error.remedy) from None
     except RecursionError:
         raise RecipeError("is nested too deeply", file=path) from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, OverflowError) as error:
         raise RecipeError(f"is malformed: {' '.join(str(error).split())}", file=path) from None
 
 
@@ -113,9 +117,10 @@ def _recipe(document: object) -> Recipe:
         rules.append((match, _number(entry["alpha"], f"alpha of rule {number}")))
     layers = _mapping(fields.get("alpha_layers", {}), "alpha_layers")
     gradient = _list(fields.get("gradient", []), "gradient")
-    size = fields.get("max_shard_size")
-    if size is not None and (type(size) is not int or size <= 0):
-        size = parse_size(_text(size, "max_shard_size"))
+    size: int | None = None
+    if "max_shard_size" in fields:
+        asked = fields["max_shard_size"]
+        size = asked if type(asked) is int else parse_size(_text(asked, "max_shard_size"))
     decision: Any = _text(fields.get("on_mismatch", "error"), "on_mismatch")  # checked by Recipe
     form: Any = _text(fields.get("as", "model"), "as")
     rounding: Any = _text(fields.get("rounding", "nearest"), "rounding")
@@ -197,13 +202,22 @@ def _unique(node: Any, loader: Any) -> object:  # noqa: ANN401 - PyYAML's nodes 
     if isinstance(node, yaml.MappingNode):
         found: dict[object, object] = {}
         for key_node, value_node in node.value:
-            key = loader.construct_object(key_node)
+            key = _unique(key_node, loader)
             _refuse_twice(found, key)
             found[key] = _unique(value_node, loader)
         return found
     if isinstance(node, yaml.SequenceNode):
         return [_unique(item, loader) for item in node.value]
-    return None if node is None else loader.construct_object(node)
+    return None if node is None else _scalar(node, loader)
+
+
+def _scalar(node: Any, loader: Any) -> object:  # noqa: ANN401 - as above
+    """Build a text, a truth value or a number; YAML's octals and base 60 are no numbers here."""
+    if node.tag.endswith((":int", ":float")) and not _PLAIN.fullmatch(node.value):
+        raise RecipeError(
+            f"'{node.value:.40}' is not written as a plain number", remedy="write it like 0.5"
+        )
+    return loader.construct_object(node)
 
 
 def _from_json(raw: bytes) -> object:

@@ -83,8 +83,9 @@ class Summary:
         unchanged: Extrapolated tensors whose update is zero.
         total: Sums over the extrapolated tensors; ``None`` where there are none.
         elements: Elements of the extrapolated tensors; complex ones count twice.
-        spread: The smallest and the largest α, where they differ.
+        spread: The smallest and the largest α of all tensors, where they differ.
         step: ‖s‖² of the step s that was asked for; by default ‖α·v‖².
+        kept: Tensors in which the two checkpoints differ and that were kept from one side.
     """
 
     alpha: float
@@ -94,6 +95,14 @@ class Summary:
     elements: int
     spread: tuple[float, float] | None = None
     step: float | None = None
+    kept: int = 0
+
+    @property
+    def asked(self) -> str:
+        """What was asked for, in words: α, or the values that it has."""
+        if self.spread is None:
+            return f"{self.alpha:.4g}"
+        return f"{self.spread[0]:g} to {self.spread[1]:g}, {self.alpha:.4g} on average"
 
     @property
     def rounding_error(self) -> float | None:
@@ -112,14 +121,11 @@ class Summary:
         ]
         if self.total is not None:
             alpha, error = self.total.effective_alpha, self.rounding_error
-            asked = f"{self.alpha:.4g}"
-            if self.spread is not None:
-                asked = f"{self.spread[0]:g} to {self.spread[1]:g}, {asked} on average"
             rows += [
                 ("‖v‖/‖θᵤ‖", "–" if self.total.ratio is None else f"{self.total.ratio:.3e}"),
                 (
                     "α asked / effective",
-                    f"{asked} / " + ("–" if alpha is None else f"{alpha:.4g}"),
+                    f"{self.asked} / " + ("–" if alpha is None else f"{alpha:.4g}"),
                 ),
                 ("rounding error ‖θ−θᵤ−αv‖/‖αv‖", "–" if error is None else f"{error:.3g}"),
                 ("elements changed", f"{self.total.changed / max(self.elements, 1):.2%}"),
@@ -130,7 +136,7 @@ class Summary:
         """Return what the user should know about the numbers."""
         if self.total is None or not self.elements:
             return []
-        if self.total.update == 0:
+        if self.total.update == 0 and not self.kept:
             return [
                 (
                     "the two checkpoints hold identical weights: every update is zero and the "
@@ -201,8 +207,9 @@ def summarise(steps: Iterable[Step], sums: Mapping[str, Sums | None], fallback: 
     """
     counts: dict[Operation, tuple[int, int]] = {}
     moved: list[Sums] = []
-    unchanged = elements = 0
+    unchanged = elements = kept = 0
     alphas: list[float] = []
+    copied: set[float] = set()
     for step in steps:
         tensors, nbytes = counts.get(step.operation, (0, 0))
         counts[step.operation] = (tensors + 1, nbytes + step.nbytes)
@@ -212,21 +219,21 @@ def summarise(steps: Iterable[Step], sums: Mapping[str, Sums | None], fallback: 
             alphas.append(step.alpha)
             elements += step.elements * step.dtype.lanes
             unchanged += values.update == 0
-    if len(set(alphas)) <= 1:
-        alpha = alphas[0] if alphas else fallback
-        return Summary(alpha, counts, unchanged, add(moved) if moved else None, elements)
-    total = add(moved)
+        elif step.operation in ("copy", "cast") and step.dtype.computes:
+            # α = 0 and −1 make copies; at any other α one was kept by decision.
+            copied |= {step.alpha} & {0.0, -1.0}
+            kept += step.alpha not in (0, -1)
+    everything = {*alphas, *copied} or {fallback}
+    spread = None if len(everything) == 1 else (min(everything), max(everything))
+    total = add(moved) if moved else None
+    if spread is None:
+        [alpha] = everything
+        return Summary(alpha, counts, unchanged, total, elements, kept=kept)
     updates = [values.update for values in moved]
-    mean = quotient(exact_sum(map(mul, alphas, updates)), total.update)
-    return Summary(
-        fallback if mean is None else mean,
-        counts,
-        unchanged,
-        total,
-        elements,
-        (min(alphas), max(alphas)),
-        exact_sum(alpha * alpha * update for alpha, update in zip(alphas, updates, strict=True)),
-    )
+    mean = quotient(exact_sum(map(mul, alphas, updates)), exact_sum(updates))
+    squares = (alpha * alpha * update for alpha, update in zip(alphas, updates, strict=True))
+    mean = fallback if mean is None else mean
+    return Summary(mean, counts, unchanged, total, elements, spread, exact_sum(squares), kept)
 
 
 def tensor_record(step: Step, values: Sums | None) -> dict[str, object]:

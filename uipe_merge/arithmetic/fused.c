@@ -9,6 +9,7 @@
  * The last chunk is padded with zeros, which add nothing to any sum.
  *
  * Compile with -ffp-contract=off: a fused multiply-add rounds once where two roundings are due.
+ * And with -fno-strict-aliasing: the same buffers are looked at as numbers and as their bits.
  */
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030b0000

@@ -174,6 +174,7 @@ def _apply(
     halves: dict[tuple[str, bool], Halves] = {}
     wrapped: dict[str, list[Halves]] = {}
     replaced: dict[str, str] = {}
+    places = {} if base.adapter is None else dict(base.adapter.places)
     unknown: list[str] = []
     for key, spec in stored.items():
         name = key.removeprefix(_PREFIX)
@@ -184,6 +185,7 @@ def _apply(
             if target is None or tensors[target].shape != spec.shape:
                 unknown.append(f"'{key}' replaces no tensor of the base")
             else:
+                places.setdefault(target, tensors[target].file)
                 tensors[target] = spec._replace(name=target)
                 replaced[key] = target
             continue
@@ -224,7 +226,7 @@ def _apply(
         for factor in spec.factors
         if factor.left.home in own
     }
-    return tensors, Adapter(stored, left, replaced, config.document)
+    return tensors, Adapter(stored, left, replaced, places, config.document)
 
 
 def _parameters(module: str, tensors: Mapping[str, TensorSpec], config: _Config) -> dict[str, str]:

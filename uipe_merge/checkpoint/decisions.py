@@ -58,12 +58,15 @@ def decide(
     Returns ``None`` where there is nothing to decide with: ``error``, or a side that would have
     to be copied and is not what is stored (an adapter's factors, the scales of FP8).
     """
-    sides = [side for side in (original, unlearned) if side is not None]
-    if decision == "error" or not all(side.plain for side in sides):
+    if decision == "error":
         return None
     if decision == "keep-original":
+        if original is not None and not original.plain:
+            return None
         kept = None if original is None else Kept(original, from_original=True)
         return Outcome(None, kept, f"{_verb(kept)} as in ORIGINAL")
+    if unlearned is not None and not unlearned.plain:
+        return None
     if decision == "common-rows" and original is not None and unlearned is not None:
         shared = _common_rows(original, unlearned)
         if shared is not None:
@@ -81,16 +84,19 @@ def _common_rows(original: TensorSpec, unlearned: TensorSpec) -> TensorSpec | No
     """Return θ₀ in the shape of θᵤ, with θᵤ itself in the rows that θ₀ lacks: v is zero there."""
     if not (original.shape and unlearned.shape and original.shape[1:] == unlearned.shape[1:]):
         return None
+    if not original.plain:
+        return None
     if not (original.dtype.computes and unlearned.dtype.computes):
         return None
     if original.dtype.lanes != unlearned.dtype.lanes:
         return None
     name, shape = unlearned.name, unlearned.shape
-    missing = unlearned.elements - original.elements
-    if missing <= 0:
-        return original.part(0, unlearned.elements)._replace(name=name, shape=shape)
-    rest = unlearned.part(original.elements, missing)
-    return joined(name, shape, (original, rest._replace(home=OTHER + rest.home)))
+    shared = min(original.elements, unlearned.elements)
+    pieces = original.cut(0, shared)
+    if missing := unlearned.elements - shared:
+        rest = unlearned.cut(shared, missing)
+        pieces += [piece._replace(home=OTHER + piece.home) for piece in rest]
+    return joined(name, shape, pieces)
 
 
 def following(original: Mapping[str, object], unlearned: Mapping[str, object]) -> dict[str, object]:

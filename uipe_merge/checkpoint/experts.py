@@ -124,8 +124,7 @@ def _cut_experts(
             return None
         start = 0
         for _, spec in sorted(parts.items()):
-            part = whole.part(start, spec.elements)
-            tensors[spec.name] = part._replace(name=spec.name, shape=spec.shape)
+            tensors[spec.name] = joined(spec.name, spec.shape, whole.cut(start, spec.elements))
             start += spec.elements
     return tensors
 
@@ -134,7 +133,10 @@ def _fused_shape(parts: Mapping[tuple[int, int], TensorSpec]) -> tuple[int, ...]
     """Return the shape of what the matrices of all experts make; ``None`` if one is missing."""
     experts = 1 + max(expert for expert, _ in parts)
     positions = 1 + max(position for _, position in parts)
-    if len(parts) != experts * positions or any(len(spec.shape) != 2 for spec in parts.values()):
+    specs = parts.values()
+    if len(parts) != experts * positions or any(len(spec.shape) != 2 for spec in specs):
+        return None
+    if len({(spec.dtype.computes, spec.dtype.lanes) for spec in specs}) != 1:
         return None
     first = [parts[0, position].shape for position in range(positions)]
     alike = all(spec.shape == first[position] for (_, position), spec in parts.items())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from itertools import pairwise
 from json.encoder import encode_basestring
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -101,8 +102,15 @@ class TensorSpec(NamedTuple):
             if start < piece.elements:
                 return piece.part(start, count)._replace(factors=self.factors)
             start -= piece.elements
+        assert start + count <= self.elements  # noqa: S101 - a caller that overlooks a seam
         size = self.dtype.bits // 8
         return self._replace(shape=(count,), offset=self.offset + start * size, nbytes=count * size)
+
+    def cut(self, start: int, count: int) -> list[TensorSpec]:
+        """Return ``count`` elements from ``start``, piece by piece."""
+        seams = [*self.seams(), self.elements]
+        ranges = [(max(a, start), min(b, start + count)) for a, b in pairwise(seams)]
+        return [self.part(a, b - a) for a, b in ranges if b > a] or [self.part(0, 0)]
 
     def seams(self) -> list[int]:
         """Return the elements at which its pieces begin, the first one's 0 included."""
@@ -120,8 +128,12 @@ ZERO = "zero"
 
 
 def joined(name: str, shape: tuple[int, ...], pieces: Iterable[TensorSpec]) -> TensorSpec:
-    """Return a tensor whose elements are those of some others, one after the other."""
-    parts = tuple(piece for piece in pieces if piece.nbytes)
+    """Return a tensor whose elements are those of some others, one after the other.
+
+    The others are plain: whatever is multiplied in or added belongs to the whole.
+    """
+    everything = [each for piece in pieces for each in piece.pieces or (piece,)]
+    parts = tuple(each for each in everything if each.nbytes) or (everything[0],)
     nbytes = sum(piece.nbytes for piece in parts)
     whole = parts[0]._replace(name=name, shape=shape, nbytes=nbytes, factors=(), scales=None)
     return whole._replace(pieces=parts)

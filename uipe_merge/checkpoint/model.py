@@ -69,12 +69,14 @@ class Adapter(NamedTuple):
         left: Those of them that the update grows with (every B, and the bias of a B), and the
             tensors of the base that they change.
         replaced: The tensors of the base that others of them take the place of.
+        places: In which file of the base those were, by their names.
         config: Its config, as parsed.
     """
 
     stored: dict[str, TensorSpec]
     left: dict[str, str]
     replaced: dict[str, str]
+    places: dict[str, str]
     config: dict[str, object]
 
 

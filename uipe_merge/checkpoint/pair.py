@@ -46,6 +46,7 @@ class Pairing(NamedTuple):
         mismatches: One line for each thing that keeps the two from being merged.
         decided: One line for each thing that would, and that was decided about.
         warnings: What is odd but does not keep them.
+        decision: What was to be done with mismatches.
     """
 
     pairs: dict[str, tuple[TensorSpec, TensorSpec]]
@@ -53,6 +54,7 @@ class Pairing(NamedTuple):
     mismatches: list[str]
     decided: list[str]
     warnings: list[str]
+    decision: Decision
 
     def require_match(self, original: Checkpoint, unlearned: Checkpoint) -> None:
         """Refuse a pair that does not match.
@@ -63,10 +65,11 @@ class Pairing(NamedTuple):
         if not self.mismatches:
             return
         fixed = any(line.startswith(_CONFIG) for line in self.mismatches)
+        undecided = self.decision == "error" and not fixed
         raise IncompatibleModelsError(
             f"does not match {original.location}: {listed(self.mismatches)}",
             file=unlearned.location,
-            remedy="merge two checkpoints of one model" if fixed else FLAG,
+            remedy=FLAG if undecided else "merge two checkpoints of one model, stored alike",
         )
 
 
@@ -79,7 +82,8 @@ def match(original: Checkpoint, unlearned: Checkpoint, decision: Decision = "err
         decision: What to do with tensors that do not match; see ``decisions``. Another
             architecture is a mismatch all the same.
     """
-    found = Pairing({}, {}, _config_mismatches(original.config, unlearned.config), [], [])
+    fixed = _config_mismatches(original.config, unlearned.config)
+    found = Pairing({}, {}, fixed, [], [], decision)
     relaid = _in_one_layout(original, unlearned, found)
     if relaid is None:
         return found

@@ -105,7 +105,7 @@ def encode_card(
         data.to_yaml().rstrip("\n"),
         "---",
         "",
-        f"# {ids[1]}, extrapolated with α = {summary.alpha:g}",
+        f"# {ids[1]}, extrapolated with α = {summary.asked}",
         "",
         *(_ADAPTER_TEXT if adapter else _MODEL_TEXT).format(*ids).split("\n"),
         "",

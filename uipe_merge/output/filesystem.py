@@ -27,7 +27,8 @@ ASIDE = ".old"
 
 _WRITEBACK = 32 * 2**20
 _DIRECT = 2**16  # fewer bytes are not worth a wait for the disk
-_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP)  # by the file system, or at its page size
+# By the file system, or at its page size; or there is no descriptor left for a second one.
+_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EMFILE, errno.ENFILE)
 
 
 class OutputFile(Protocol):
@@ -143,9 +144,11 @@ class LocalFile:
     def close(self) -> None:
         """Close, and report what closing reports."""
         with _naming(self._path):
-            if self._direct is not None:
-                os.close(self._direct)
-            os.close(self._descriptor)
+            try:
+                if self._direct is not None:
+                    os.close(self._direct)
+            finally:
+                os.close(self._descriptor)
 
 
 class LocalFileSystem:
