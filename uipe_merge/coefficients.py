@@ -37,6 +37,8 @@ def resolve(recipe: Recipe, names: Sequence[str]) -> dict[str, float]:
             schedule names layers that there are not, or the model has several stacks of
             layers.
     """
+    if not (recipe.rules or recipe.layers or recipe.gradient):
+        return dict.fromkeys(names, recipe.alpha)
     alphas: dict[str, float] = {}
     for pattern, alpha in recipe.rules:
         matching = [name for name in names if fnmatchcase(name, pattern)]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from uipe_merge.checkpoint.adapter import CONFIG_NAME
 from uipe_merge.checkpoint.header import ZERO, read_header
 from uipe_merge.checkpoint.index import INDEX_NAME
+from uipe_merge.checkpoint.storage import LocalFolder
 from uipe_merge.errors import CorruptInputError, OutputError
 from uipe_merge.output import place
 from uipe_merge.output.card import CARD_NAME
@@ -51,7 +52,10 @@ class Wanted(NamedTuple):
 
 
 def wanted(plan: Plan, pair: Pair, sidecars: Iterable[Sidecar] = ()) -> list[Wanted]:
-    """Return what a run of ``plan`` reads, folder by folder."""
+    """Return what a run of ``plan`` reads, folder by folder; nothing where all is here."""
+    folders = [folder for checkpoint in pair for folder in checkpoint.folders.values()]
+    if all(isinstance(folder, LocalFolder) for folder in folders):
+        return []
     found: dict[str, Wanted] = {}
 
     def of(folder: Folder) -> Wanted:

@@ -235,8 +235,9 @@ def require_startable(job: Job) -> None:
         OutputError: See ``require_room``; or an interrupted run of another command is there.
     """
     require_room(job)
-    if not job.overwrite:
-        job.staging(LocalFileSystem()).require_own(identity(job))
+    staging = job.staging(LocalFileSystem())
+    if not job.overwrite and staging.partial.exists():
+        staging.require_own(identity(job))
 
 
 def identity(job: Job) -> dict[str, object]:

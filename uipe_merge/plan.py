@@ -82,6 +82,11 @@ class Step(NamedTuple):
         """Number of elements."""
         return self.source.elements
 
+    @property
+    def changed(self) -> bool:
+        """Whether a side is not what is stored: scales are multiplied in, or factors added."""
+        return not (self.source.plain and (self.original is None or self.original.plain))
+
     def ranges(self, size: int) -> Iterator[tuple[int, int]]:
         """Cut it into ``(first element, elements)`` of at most ``size``, each in one piece."""
         seams = {*self.source.seams(), *(self.original.seams() if self.original else ())}
@@ -187,13 +192,18 @@ class Plan(NamedTuple):
             block: Elements read at a time.
             remote: Whether a network is read from or written to.
         """
-        widest = max(map(_widest, self.steps), default=0)
+        steps = list(self.steps)
+        sides = [side for step in steps for side in (step.source, step.original) if side]
+        pieces = [piece for side in sides if side.pieces for piece in side.pieces]
+        dtypes = {each.dtype for each in (*sides, *pieces)} | {step.dtype for step in steps}
+        widest = max((dtype.bits // 8 for dtype in dtypes), default=0)
+        changed = [step for step in steps if step.changed]
         # Per thread: two input blocks and one output block (over a network, two more of what just
         # came in), the cells of the arithmetic and of the norms of DoRA, and an adapter's factors
         # and scales with room for a wider type and a transposed copy.
         blocks_held = 5 if remote else 3
-        cells = 13 if any(map(_has_norms, self.steps)) else 5
-        beside = 4 * max(map(_beside_bytes, self.steps), default=0)
+        cells = 13 if any(map(_has_norms, changed)) else 5
+        beside = 4 * max(map(_beside_bytes, changed), default=0)
         worker = blocks_held * block * widest + cells * CELL * 8 + beside
         tensors = sum(len(shard.steps) for shard in self.shards)
         base = _BASE_MEMORY + (_TORCH_MEMORY if torch else 0) + (_NETWORK_MEMORY if remote else 0)
@@ -225,13 +235,6 @@ class Plan(NamedTuple):
             sum(step.nbytes for step in self.steps),
             sum(step.elements for step in self.steps),
         )
-
-
-def _widest(step: Step) -> int:
-    """Return the bytes of the widest element that a step reads or writes."""
-    sides = [side for side in (step.source, step.original) if side is not None]
-    dtypes = [piece.dtype for side in sides for piece in side.pieces or (side,)]
-    return max(dtype.bits // 8 for dtype in (*dtypes, step.dtype))
 
 
 def _beside_bytes(step: Step) -> int:

@@ -44,6 +44,8 @@ class Slot(NamedTuple):
 def layout(checkpoint: Checkpoint) -> tuple[str, str] | None:
     """Return how a checkpoint stores its experts, if it has any, and a name that shows it."""
     for name in checkpoint.tensors:
+        if ".experts." not in name:
+            continue
         if _EXPERT.search(name):
             return SPLIT, name
         if _FUSED_EXPERTS.search(name):
