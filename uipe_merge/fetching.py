@@ -95,9 +95,7 @@ def require_room(everything: Iterable[Wanted], output: Path | None, needed: int)
     absent = [each.folder.absent(each.names) for each in everything]
     for directory in {each.directory for each in absent if each.names}:
         nbytes = sum(each.nbytes for each in absent if each.directory == directory)
-        existing = Path(directory)
-        while not existing.exists():
-            existing = existing.parent
+        existing = place.existing(Path(directory))
         if output is not None and output.stat().st_dev == existing.stat().st_dev:
             nbytes += needed
         free = place.measure(existing, nbytes, 0).free

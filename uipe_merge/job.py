@@ -183,7 +183,7 @@ def _space(plan: Plan, sidecars: list[Sidecar], target: Path, *, delivered: bool
         shards = shards[: bucket.IN_HAND]
     needed = sum(shards) + sum(sidecar.size for sidecar in sidecars)
     files = len(shards) + len(sidecars) + 8  # index, card, manifest, journal, lock, …
-    return place.measure(bucket.existing(target.parent), needed, files)
+    return place.measure(place.existing(target.parent), needed, files)
 
 
 def _operand(path: str) -> str:

@@ -45,7 +45,8 @@ def extrapolate(
 ) -> list[tuple[float, ...]] | None:
     """Fill ``out`` with θᵤ + α·v; return the moments of each cell as in ``arithmetic.blocks``.
 
-    ``first`` is the element of the tensor that the buffers begin at. ``None`` if one of them is not finite; the content of ``out`` means nothing then.
+    ``first`` is the element of the tensor that the buffers begin at. ``None`` if one of them
+    is not finite; the content of ``out`` means nothing then.
     """
     found = _run(step, original, unlearned, out, first)
     return found and [moments[:5] for moments in found]

@@ -85,7 +85,8 @@ class Summary:
         elements: Elements of the extrapolated tensors; complex ones count twice.
         spread: The smallest and the largest α of all tensors, where they differ.
         step: ‖s‖² of the step s that was asked for; by default ‖α·v‖².
-        kept: Tensors in which the two checkpoints differ and that were kept from one side.
+        kept: Tensors copied or cast at another α than 0 and −1: kept from one side by decision,
+            or the A factors of an adapter that is written as one.
     """
 
     alpha: float
@@ -220,7 +221,7 @@ def summarise(steps: Iterable[Step], sums: Mapping[str, Sums | None], fallback: 
             elements += step.elements * step.dtype.lanes
             unchanged += values.update == 0
         elif step.operation in ("copy", "cast") and step.dtype.computes:
-            # α = 0 and −1 make copies; at any other α one was kept by decision.
+            # α = 0 and −1 make copies; at any other α it was a decision, or a factor A.
             copied |= {step.alpha} & {0.0, -1.0}
             kept += step.alpha not in (0, -1)
     everything = {*alphas, *copied} or {fallback}

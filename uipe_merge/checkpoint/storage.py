@@ -1,8 +1,8 @@
 """The reading seam: a folder of files that can be read at any offset.
 
 ``Folder`` and ``InputFile`` are all the rest of the program knows about where a checkpoint
-lives. ``LocalFolder`` is the one for directories, ``hub.HubFolder`` the one for repositories;
-a bucket is another implementation of the same two protocols.
+lives. ``LocalFolder`` is the one for directories, ``hub.HubFolder`` the one for repositories
+and ``urls.RemoteFolder`` the one for buckets.
 
 A local file is opened by ``open_file`` only after it was looked at: it must be a regular
 file (a FIFO or a device would hang or never end) and must not leave its directory by a

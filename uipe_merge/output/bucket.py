@@ -66,11 +66,6 @@ def workplace(folder: RemoteFolder) -> Path:
     return Path(cache).expanduser() / "uipe-merge" / digest[:32]
 
 
-def existing(directory: Path) -> Path:
-    """Return the directory, or the nearest one above it that exists: where the disk is measured."""
-    return next(each for each in (directory, *directory.parents) if each.is_dir())
-
-
 class BucketStaging(Staging):
     """One output being built here and delivered there. See ``Staging``."""
 

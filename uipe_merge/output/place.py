@@ -70,6 +70,11 @@ def partial_directory(output: Path) -> Path:
     return output.parent / name
 
 
+def existing(directory: Path) -> Path:
+    """Return the directory, or the nearest one above it that exists: where the disk is measured."""
+    return next(each for each in (directory, *directory.parents) if each.is_dir())
+
+
 def measure(parent: Path, needed: int, files: int) -> Space:
     """Ask the file system of ``parent`` what is free."""
     try:
