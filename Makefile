@@ -19,7 +19,7 @@ VENV_OK := $(VENV)/.stamp-venv
 RUN_OK  := $(VENV)/.stamp-run
 DEV_OK  := $(VENV)/.stamp-dev
 
-BUILT_FROM := pyproject.toml constraints.txt uipe_merge/arithmetic/fused.c
+BUILT_FROM := pyproject.toml constraints.txt $(wildcard uipe_merge/arithmetic/*.[ch])
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

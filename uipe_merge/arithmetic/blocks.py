@@ -13,11 +13,14 @@ faster by a tenth of the run and promises none of that.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-_SATURATES = {torch.float8_e4m3fn: 464.0}
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SATURATES = {torch.float8_e4m3fn: 464.0}
 """Types whose conversion clamps silently, and the magnitude from which it would."""
 
 _BY_CHANCE = {torch.bfloat16: (8, -126), torch.float16: (11, -14)}
@@ -96,12 +99,23 @@ def by_chance(values: torch.Tensor, noise: torch.Tensor, dtype: torch.dtype) -> 
     return rounded.copysign_(wide)
 
 
+def clamps(result: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether the conversion of results to ``dtype`` clamps a value silently."""
+    limit = SATURATES.get(dtype)
+    if limit is None:
+        return False
+    return result.numel() > 0 and float(result.abs().max()) > limit
+
+
 class Cell:
     """The buffers of one thread for one working type, reused for every cell."""
 
-    def __init__(self, elements: int, dtype: torch.dtype) -> None:
-        """Allocate for at most ``elements`` (below 2²⁴) elements of ``dtype``."""
-        self._buffers = torch.empty((4, elements), dtype=dtype)
+    def __init__(self, elements: int, dtype: torch.dtype, device: str = "cpu") -> None:
+        """Allocate for at most ``elements`` (below 2²⁴) elements of ``dtype`` on a device.
+
+        What goes in and comes out lies in the processor's memory, whatever the device.
+        """
+        self._buffers = torch.empty((4, elements), dtype=dtype, device=device)
         self._views = self._buffers.unbind()
         self._update_square = self._unlearned_square = 0.0
 
@@ -109,7 +123,7 @@ class Cell:
         self,
         original: torch.Tensor,
         unlearned: torch.Tensor,
-        changes: tuple[Change | None, Change | None] = (None, None),
+        changes: Sequence[Change | None] = (None, None),
     ) -> None:
         """Widen θ₀ and θᵤ, both of shape ``(n,)``, and form the update.
 
@@ -124,9 +138,9 @@ class Cell:
         back.copy_(original)
         for buffer, change in zip((back, wide), changes, strict=True):
             if change is not None and change.scale is not None:
-                buffer.mul_(change.scale)
+                buffer.mul_(change.scale.to(buffer.device))
             if change is not None and change.delta is not None:
-                buffer.add_(change.delta)
+                buffer.add_(change.delta.to(buffer.device))
         # The update with its sign turned, θ₀ − θᵤ: see _backward_step.
         torch.sub(back, wide, out=back)
         self._update_square = float(torch.dot(back, back))
@@ -150,8 +164,10 @@ class Cell:
         wide, back, step, result = self._views
         self._backward_step(alpha)
         torch.sub(wide, step, out=result)
-        out.copy_(result if noise is None else by_chance(result, noise, out.dtype))
-        clamped = self._clamped(out.dtype)
+        out.copy_(
+            result if noise is None else by_chance(result, noise.to(result.device), out.dtype)
+        )
+        clamped = clamps(result, out.dtype)
         result.copy_(out)
         torch.sub(result, wide, out=result)
         along = -float(torch.dot(result, back))
@@ -182,7 +198,9 @@ class Cell:
         self._backward_step(alpha)
         result = (self._views[0] - self._views[2]).abs()
         out.copy_(result)
-        over = ~torch.isfinite(out.double()) | (result > _SATURATES.get(out.dtype, math.inf))
+        over = ~torch.isfinite(out.to(result.device).double()) | (
+            result > SATURATES.get(out.dtype, math.inf)
+        )
         return int(over.sum()), float(result.max()) if result.numel() else 0.0
 
     def exact(self, alpha: float, out: torch.Tensor) -> Moments:
@@ -193,9 +211,9 @@ class Cell:
         Allocates; not for the block loop.
         """
         wide, back, _, _ = (view.double() for view in self._views)
-        moved = out.double() - wide
+        moved = out.to(wide.device).double() - wide
         missed = moved + alpha * back
-        limit = _SATURATES.get(out.dtype, math.inf)
+        limit = SATURATES.get(out.dtype, math.inf)
         clamped = bool(((wide - alpha * back).abs() > limit).any())
         return Moments(
             float(torch.dot(back, back)),
@@ -215,11 +233,3 @@ class Cell:
         torch.mul(back, abs(alpha), out=step)
         if alpha < 0:
             step.neg_().add_(0.0)  # −0 + 0 is +0; all else is unchanged
-
-    def _clamped(self, out: torch.dtype) -> bool:
-        """Tell whether the conversion of the result buffer to ``out`` clamped a value."""
-        limit = _SATURATES.get(out)
-        if limit is None:
-            return False
-        result = self._views[3]
-        return result.numel() > 0 and float(result.abs().max()) > limit

@@ -3,48 +3,13 @@
  * The numbers are those of blocks.py, which says what they mean: every operation below is one
  * IEEE 754 operation of that module, in its order, so the weights have the same bits. The
  * moments are summed in a fixed number of lanes, so no processor changes them.
- *
- * A cell goes through in chunks that stay in the first-level cache: both inputs are widened to
- * the working type, the result is formed and rounded in registers, and narrowed into the output.
- * The last chunk is padded with zeros, which add nothing to any sum.
- *
- * Compile with -ffp-contract=off: a fused multiply-add rounds once where two roundings are due.
- * And with -fno-strict-aliasing: the same buffers are looked at as numbers and as their bits.
  */
-#define PY_SSIZE_T_CLEAN
-#define Py_LIMITED_API 0x030b0000
-#include <Python.h>
+#include "cells.h"
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-
-enum { CHUNK = 1024, GROUPS = 4, VECTOR_BYTES = 32, MOST_LANES = GROUPS * VECTOR_BYTES / 4 };
+enum { GROUPS = 4, MOST_LANES = GROUPS * VECTOR_BYTES / 4 };
 enum { UPDATE, UNLEARNED, ALONG, ERROR, CHANGED, DIFFERING, MOMENTS };
-enum { BF16, F32 };
 
 typedef double Sums[MOMENTS][MOST_LANES];
-
-/* One copy of each loop per instruction set, chosen when the module is loaded. */
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define VECTORISED
-#endif
-
-typedef float Singles __attribute__((vector_size(VECTOR_BYTES)));
-typedef uint32_t SingleBits __attribute__((vector_size(VECTOR_BYTES)));
-typedef double Doubles __attribute__((vector_size(VECTOR_BYTES)));
-typedef float HalfSingles __attribute__((vector_size(VECTOR_BYTES / 2)));
-
-/* To nearest, ties to even, by carrying into the bits that stay. NaN may come out as anything:
- * it has shown in the moments by then, and the block is done again by blocks.py. */
-#define CARRIED(bits) ((Singles)(((bits) + 0x7fff + (((bits) >> 16) & 1)) & 0xffff0000u))
-#define TO_BF16(sum, at) CARRIED((SingleBits)(sum))
-#define TO_F32(sum, at)                                                                            \
-    __builtin_convertvector(__builtin_convertvector(sum, HalfSingles), Doubles)
-/* Up as often as the bits that go are a part of their unit: noise is uniform in 0 … 2¹⁶ − 1. */
-#define TO_BF16_BY_CHANCE(sum, at) ((Singles)(((SingleBits)(sum) + noise[at]) & 0xffff0000u))
 
 /* The update is formed with its sign turned, and so is the step, so that +0 stands where v = 0:
  * θᵤ − (+0) is θᵤ for either zero, where θᵤ + 0 would turn −0 into +0. */
@@ -91,71 +56,25 @@ DEFINE_CHUNK(chunk_in_float, float, Singles, TO_BF16)
 DEFINE_CHUNK(chunk_by_chance, float, Singles, TO_BF16_BY_CHANCE)
 DEFINE_CHUNK(chunk_in_double, double, Doubles, TO_F32)
 
-#define DEFINE_CONVERSION(NAME, FROM, TO, VALUE)                                                   \
-    VECTORISED static void NAME(const FROM *restrict from, TO *restrict to, size_t count)          \
-    {                                                                                              \
-        for (size_t i = 0; i < count; i++)                                                         \
-            to[i] = (TO)(VALUE);                                                                   \
-    }
-
-DEFINE_CONVERSION(bf16_to_f32, uint16_t, uint32_t, (uint32_t)from[i] << 16)
-DEFINE_CONVERSION(f32_to_bf16, uint32_t, uint16_t, from[i] >> 16)
-DEFINE_CONVERSION(f32_to_f64, float, double, from[i])
-DEFINE_CONVERSION(f64_to_f32, double, float, from[i])
-
-/* Noise of a tensor's elements from ``first``, 16 bits each, as noise.py defines it: SplitMix64
- * (Steele, Lea, Flood 2014) of the tensor's key, a word for every four elements. */
-VECTORISED static void draw(uint64_t key, uint64_t first, uint32_t *restrict noise)
-{
-    uint64_t words[CHUNK / 4 + 1];
-    for (int i = 0; i < CHUNK / 4 + 1; i++) {
-        uint64_t word = key + (first / 4 + (uint64_t)i + 1) * 0x9e3779b97f4a7c15u;
-        word = (word ^ (word >> 30)) * 0xbf58476d1ce4e5b9u;
-        word = (word ^ (word >> 27)) * 0x94d049bb133111ebu;
-        words[i] = word ^ (word >> 31);
-    }
-    for (unsigned i = 0, at = first % 4; i < CHUNK; i++, at++)
-        noise[i] = (uint32_t)(words[at / 4] >> (16 * (at % 4))) & 0xffff;
-}
-
-/* What of an element's result is kept, and by which chance where it is not the nearest. */
-typedef struct {
-    double alpha;
-    int by_chance;
-    uint64_t key, first;
-} Rule;
-
-static const char *position(const Py_buffer *buffer, int type, size_t at)
-{
-    return (const char *)buffer->buf + at * (type == BF16 ? 2 : 4);
-}
-
 /* The output is of 16 bits, the arithmetic in float32. */
 static void cell_in_float(
     const Py_buffer *original, int first, const Py_buffer *unlearned, int second, Py_buffer *out,
-    size_t start, size_t count, const Rule *rule, Sums sums)
+    size_t start, size_t count, double alpha, const Rule *rule, Sums sums)
 {
-    SingleBits noise[CHUNK * sizeof(uint32_t) / VECTOR_BYTES];
-    Singles wide[3][CHUNK * sizeof(float) / VECTOR_BYTES];
+    NoiseChunk noise;
+    SingleChunk wide[3];
+    const float size = (float)fabs(alpha);
     for (size_t at = start; at < start + count; at += CHUNK) {
         size_t some = start + count - at < CHUNK ? start + count - at : CHUNK;
         if (some < CHUNK)
             memset(wide, 0, sizeof wide);
-        const Py_buffer *sides[] = {original, unlearned};
-        const int types[] = {first, second};
-        for (int side = 0; side < 2; side++) {
-            const void *from = position(sides[side], types[side], at);
-            if (types[side] == BF16)
-                bf16_to_f32(from, (void *)wide[side], some);
-            else
-                memcpy(wide[side], from, some * sizeof(float));
-        }
-        const float size = (float)fabs(rule->alpha);
+        to_singles(original, first, at, some, wide[0]);
+        to_singles(unlearned, second, at, some, wide[1]);
         if (rule->by_chance) {
             draw(rule->key, rule->first + at, (void *)noise);
-            chunk_by_chance(wide[0], wide[1], wide[2], noise, size, rule->alpha < 0, sums);
+            chunk_by_chance(wide[0], wide[1], wide[2], noise, size, alpha < 0, sums);
         } else {
-            chunk_in_float(wide[0], wide[1], wide[2], NULL, size, rule->alpha < 0, sums);
+            chunk_in_float(wide[0], wide[1], wide[2], NULL, size, alpha < 0, sums);
         }
         f32_to_bf16((void *)wide[2], (void *)position(out, BF16, at), some);
     }
@@ -164,26 +83,16 @@ static void cell_in_float(
 /* The output is float32, the arithmetic in float64. */
 static void cell_in_double(
     const Py_buffer *original, int first, const Py_buffer *unlearned, int second, Py_buffer *out,
-    size_t start, size_t count, const Rule *rule, Sums sums)
+    size_t start, size_t count, double alpha, Sums sums)
 {
-    Doubles wide[3][CHUNK * sizeof(double) / VECTOR_BYTES];
-    float narrow[CHUNK];
+    DoubleChunk wide[3];
     for (size_t at = start; at < start + count; at += CHUNK) {
         size_t some = start + count - at < CHUNK ? start + count - at : CHUNK;
         if (some < CHUNK)
             memset(wide, 0, sizeof wide);
-        const Py_buffer *sides[] = {original, unlearned};
-        const int types[] = {first, second};
-        for (int side = 0; side < 2; side++) {
-            const void *from = position(sides[side], types[side], at);
-            if (types[side] == BF16) {
-                bf16_to_f32(from, (void *)narrow, some);
-                from = narrow;
-            }
-            f32_to_f64(from, (void *)wide[side], some);
-        }
-        chunk_in_double(
-            wide[0], wide[1], wide[2], NULL, fabs(rule->alpha), rule->alpha < 0, sums);
+        to_doubles(original, first, at, some, wide[0]);
+        to_doubles(unlearned, second, at, some, wide[1]);
+        chunk_in_double(wide[0], wide[1], wide[2], NULL, fabs(alpha), alpha < 0, sums);
         f64_to_f32((void *)wide[2], (void *)position(out, F32, at), some);
     }
 }
@@ -202,9 +111,9 @@ static PyObject *moments(Sums sums)
 
 static PyObject *run(
     const Py_buffer *original, int first, const Py_buffer *unlearned, int second, Py_buffer *out,
-    int third, const Rule *rule, Py_ssize_t cell)
+    int third, double alpha, const Rule *rule, Py_ssize_t cell)
 {
-    size_t elements = (size_t)out->len / (third == BF16 ? 2 : 4);
+    size_t elements = (size_t)out->len / size_of(third);
     size_t cells = (elements + (size_t)cell - 1) / (size_t)cell;
     Sums *sums = PyMem_Calloc(cells ? cells : 1, sizeof(Sums));
     if (sums == NULL)
@@ -215,10 +124,10 @@ static PyObject *run(
         size_t count = elements - start < (size_t)cell ? elements - start : (size_t)cell;
         if (third == BF16)
             cell_in_float(
-                original, first, unlearned, second, out, start, count, rule, sums[number]);
+                original, first, unlearned, second, out, start, count, alpha, rule, sums[number]);
         else
             cell_in_double(
-                original, first, unlearned, second, out, start, count, rule, sums[number]);
+                original, first, unlearned, second, out, start, count, alpha, sums[number]);
     }
     Py_END_ALLOW_THREADS
     PyObject *found = PyList_New((Py_ssize_t)cells);
@@ -233,33 +142,29 @@ static PyObject *run(
     return found;
 }
 
-static int type_of(char name)
-{
-    return name == 'B' ? BF16 : name == 'F' ? F32 : -1;
-}
-
 static PyObject *extrapolate(PyObject *module, PyObject *arguments)
 {
     (void)module;
     Py_buffer original, unlearned, out;
     char one, two, three;
     Rule rule;
+    double alpha;
     unsigned long long key, position_of_first;
     Py_ssize_t cell;
     if (!PyArg_ParseTuple(
             arguments, "y*cy*cw*cdnpKK:extrapolate", &original, &one, &unlearned, &two, &out,
-            &three, &rule.alpha, &cell, &rule.by_chance, &key, &position_of_first))
+            &three, &alpha, &cell, &rule.by_chance, &key, &position_of_first))
         return NULL;
     rule.key = key, rule.first = position_of_first;
     PyObject *found = NULL;
     const int first = type_of(one), second = type_of(two), third = type_of(three);
     if (first < 0 || second < 0 || third < 0 || cell < 1)
         PyErr_SetString(PyExc_ValueError, "a type is 'B' or 'F', and a cell has an element");
-    else if (original.len / (first == BF16 ? 2 : 4) != out.len / (third == BF16 ? 2 : 4)
-             || unlearned.len / (second == BF16 ? 2 : 4) != out.len / (third == BF16 ? 2 : 4))
+    else if ((size_t)original.len / size_of(first) != (size_t)out.len / size_of(third)
+             || (size_t)unlearned.len / size_of(second) != (size_t)out.len / size_of(third))
         PyErr_SetString(PyExc_ValueError, "the three buffers hold different numbers of elements");
     else
-        found = run(&original, first, &unlearned, second, &out, third, &rule, cell);
+        found = run(&original, first, &unlearned, second, &out, third, alpha, &rule, cell);
     PyBuffer_Release(&original);
     PyBuffer_Release(&unlearned);
     PyBuffer_Release(&out);
@@ -269,13 +174,17 @@ static PyObject *extrapolate(PyObject *module, PyObject *arguments)
 static PyMethodDef methods[] = {
     {"extrapolate", extrapolate, METH_VARARGS,
      "Fill a buffer with the extrapolation of two others; return the moments of every cell."},
+    {"mix", mix, METH_VARARGS,
+     "Fill a buffer with a second operand plus a sum of terms; return the moments of every cell."},
+    {"products", products, METH_VARARGS,
+     "Return the inner products of differences of operands, cell by cell."},
     {NULL, NULL, 0, NULL},
 };
 
 static struct PyModuleDef definition = {
     .m_base = PyModuleDef_HEAD_INIT,
     .m_name = "fused",
-    .m_doc = "The extrapolation of bfloat16 and float32 blocks in one pass.",
+    .m_doc = "The extrapolation of bfloat16 and float32 blocks in one pass, and mixed steps.",
     .m_size = 0,
     .m_methods = methods,
 };

@@ -1,4 +1,4 @@
-"""Types of the compiled ``fused.c``."""
+"""Types of the compiled ``fused.c`` and ``mixed.c``."""
 
 def extrapolate(
     original: memoryview,
@@ -24,4 +24,50 @@ def extrapolate(
 
     Raises:
         ValueError: The buffers hold different numbers of elements, or a type is another.
+    """
+
+def mix(
+    operands: tuple[memoryview, ...],
+    types: bytes,
+    out: memoryview,
+    out_type: bytes,
+    terms: tuple[tuple[float, int, int], ...],
+    cell: int,
+    by_chance: bool,
+    key: int,
+    first: int,
+    /,
+) -> list[tuple[float, ...]]:
+    """Fill ``out`` with θᵤ + s; s is the sum of the ``terms``, as ``terms.Term`` has them.
+
+    Operand 0 is θ₀, operand 1 is θᵤ. ``types`` is a letter for each operand, and the letters,
+    ``by_chance``, ``key`` and ``first`` are those of ``extrapolate``.
+
+    Returns, for every ``cell`` elements, the eight moments of ``mixed.MixedMoments``. Where one
+    is not finite, neither need the weights be right. An operand past the second that no term
+    names has no part in them.
+
+    Raises:
+        ValueError: The buffers hold different numbers of elements, a type is another, a term
+            names an operand that is not there, or there are fewer than two operands, or more
+            than twelve operands or terms.
+    """
+
+def products(
+    operands: tuple[memoryview, ...],
+    types: bytes,
+    wide: bool,
+    vectors: tuple[tuple[int, int], ...],
+    cell: int,
+    /,
+) -> list[tuple[float, ...]]:
+    """Return ⟨xᵢ, xⱼ⟩ for i ≤ j, row by row, for every ``cell`` elements.
+
+    A vector is ``(new, old)`` as in ``terms.Vector``, formed in float64 if ``wide`` and in float32
+    otherwise. The sums have the bits of ``mixed.MixedCell.products``.
+
+    Raises:
+        ValueError: The buffers hold different numbers of elements, a type is another, a vector
+            names an operand that is not there, or there is no operand, or more than twelve
+            operands or vectors.
     """

@@ -1,4 +1,4 @@
-"""Noise for stochastic rounding: a pure function of a tensor's key and an element's index.
+"""Noise for stochastic rounding and for random directions: a pure function of a tensor's key and an element's index.
 
 Neither threads nor blocks nor an interruption change it, and any element's bits can be had
 alone. The generator is SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number
@@ -33,6 +33,22 @@ def noise(key: int, first: int, count: int) -> torch.Tensor:
     bits: torch.Tensor = ((word[:, None] >> _LANES) & 0xFFFF).reshape(-1)
     skip = first - begin * lanes
     return bits[skip : skip + count].double().div_(2.0**16)
+
+
+def random_direction(key: int, first: int, count: int) -> torch.Tensor:
+    """Return independent numbers of mean 0, float64, of shape ``(count,)``.
+
+    Each is the sum of four uniform ones: close to Gaussian, and a multiple of 2⁻¹⁶ that float32
+    holds, so that no machine and no block rounds it otherwise.
+
+    Args:
+        key: 64 bits, the tensor's.
+        first: The element of the tensor that the first of them is for.
+        count: How many.
+    """
+    lanes = len(_LANES)
+    drawn = noise(key, first * lanes, count * lanes).reshape(count, lanes)
+    return drawn.sum(dim=1).sub_(lanes / 2 - lanes * 2.0**-17)
 
 
 def _signed(word: int) -> int:
