@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from uipe_merge.checkpoint.decisions import DECISIONS, Decision
 from uipe_merge.checkpoint.dtypes import OUTPUT_DTYPES
 from uipe_merge.errors import NumericError, RecipeError, UsageError
+from uipe_merge.steering import NUMBER, PLAIN, Steering
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ALPHA_LIMIT = 2.0**24
 """From here on θᵤ is smaller than the rounding of α·v in float32 and is lost in the sum."""
@@ -21,7 +25,6 @@ FORMS: tuple[Form, ...] = get_args(Form)
 Rounding = Literal["nearest", "stochastic"]
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 
-_NUMBER = re.compile(r"[-+]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|inf|nan)")
 _LAYER = re.compile(r"-?[0-9]{1,9}")
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -46,7 +49,9 @@ class Recipe:
         form: One of ``FORMS``.
         rounding: One of ``ROUNDINGS``: what becomes of the digits that a 16-bit output has no
             room for.
-        seed: Of the noise that rounds by chance.
+        seed: Of the noise that rounds by chance, of a random control and of the search for
+            singular vectors.
+        steering: What else than α·v goes into the step.
 
     Raises:
         RecipeError: An α is not a finite number, or the layers are in no order.
@@ -64,10 +69,11 @@ class Recipe:
     form: Form = "model"
     rounding: Rounding = "nearest"
     seed: int = 0
+    steering: Steering = PLAIN
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for alpha in self.alphas:
+        for alpha in (*self.alphas, *(beta for _, beta in self.steering.add)):
             _require_usable(alpha)
         knots = [layer for layer, _ in self.layers]
         if knots != sorted(set(knots)) or any(layer < 0 for layer in knots):
@@ -110,6 +116,11 @@ class Recipe:
                 "an adapter fits its base or it does not: there is nothing to decide",
                 remedy="leave out --on-mismatch, or write a whole model with --as model",
             )
+        if self.form == "adapter" and self.steering.active:
+            raise UsageError(
+                "an adapter is lengthened by α alone, whatever else a step may hold",
+                remedy="write a whole model with --as model",
+            )
         if self.form == "adapter" and self.max_shard_bytes is not None:
             raise UsageError(
                 "an adapter is one file, whatever its size", remedy="leave out --max-shard-size"
@@ -124,10 +135,15 @@ class Recipe:
     def rest(self) -> tuple[object, ...]:
         """Return all but α."""
         named = (self.dtype, self.max_shard_bytes, self.on_mismatch)
-        return (*named, self.rules, self.layers, self.gradient, self.form, self.rounding, self.seed)
+        values = (self.rules, self.layers, self.gradient, self.form, self.rounding, self.seed)
+        return (*named, *values, self.steering)
 
-    def words(self) -> list[str]:
-        """Return the options of the command line that say the same."""
+    def words(self, name: Callable[[str], str] = str) -> list[str]:
+        """Return the options of the command line that say the same.
+
+        Args:
+            name: Gives the name to write for a further checkpoint.
+        """
         words = ["--alpha", _exact(self.alpha)]
         for pattern, alpha in self.rules:
             words += ["--alpha-rule", f"{pattern}={_exact(alpha)}"]
@@ -145,8 +161,10 @@ class Recipe:
         if self.form != "model":
             words += ["--as", self.form]
         if self.rounding != "nearest":
-            words += ["--rounding", self.rounding, "--seed", str(self.seed)]
-        return words
+            words += ["--rounding", self.rounding]
+        if self.seed:
+            words += ["--seed", str(self.seed)]
+        return words + self.steering.words(name)
 
     def canonical(self) -> dict[str, object]:
         """Return the recipe as plain values, α as an exact hexadecimal float."""
@@ -161,6 +179,7 @@ class Recipe:
             "as": self.form,
             "rounding": self.rounding,
             "seed": self.seed,
+            **self.steering.canonical(),
         }
 
 
@@ -185,7 +204,7 @@ def parse_rule(text: str) -> tuple[str, float]:
         RecipeError: It has not that form.
     """
     pattern, _, alpha = text.rpartition("=")
-    if pattern and _NUMBER.fullmatch(alpha):
+    if pattern and NUMBER.fullmatch(alpha):
         return pattern, float(alpha)
     raise RecipeError(
         f"the rule '{text}' is not PATTERN=ALPHA", remedy="write it like 'model.layers.*.mlp.*=3'"
@@ -199,7 +218,7 @@ def parse_layers(text: str) -> tuple[tuple[int, float], ...]:
         RecipeError: It has not that form.
     """
     knots = [knot.partition("=") for knot in text.split(",")]
-    if all(_LAYER.fullmatch(layer) and _NUMBER.fullmatch(alpha) for layer, _, alpha in knots):
+    if all(_LAYER.fullmatch(layer) and NUMBER.fullmatch(alpha) for layer, _, alpha in knots):
         return tuple((int(layer), float(alpha)) for layer, _, alpha in knots)
     raise RecipeError(f"'{text}' is not LAYER=ALPHA,…", remedy="write it like 0=0,16=2,31=1")
 
@@ -211,7 +230,7 @@ def parse_gradient(text: str) -> tuple[float, ...]:
         RecipeError: It has not that form.
     """
     values = text.split(",")
-    if all(map(_NUMBER.fullmatch, values)):
+    if all(map(NUMBER.fullmatch, values)):
         return tuple(map(float, values))
     raise RecipeError(f"'{text}' is not ALPHA,ALPHA,…", remedy="write it like 0,2,1")
 

@@ -11,6 +11,12 @@
     on_mismatch: error
     as: model
     rounding: nearest           # or stochastic, with a seed
+    along: [{new: related}]     # and min_cos, max_alpha; a pair may have its own old
+    away_from: {new: repaired, old: unlearned}   # or original; and always
+    rank: 16                    # or energy: 0.9; and rank_all
+    control: random
+    granularity: layer
+    add: [{new: repaired, old: unlearned, beta: 0.5}]
 
 A key that is not known, given twice, or of another type is an error, as are aliases, tags and
 nesting that no recipe needs: nothing in the file is ever run or guessed at.
@@ -19,23 +25,26 @@ nesting that no recipe needs: nothing in the file is ever run or guessed at.
 from __future__ import annotations
 
 import difflib
-import json
-import re
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uipe_merge.errors import RecipeError, UsageError
 from uipe_merge.recipe import Recipe, parse_size
+from uipe_merge.recipe_formats import READERS
+from uipe_merge.steering import (
+    GRANULARITY,
+    MAX_ALPHA,
+    MIN_COS,
+    Steering,
+    Update,
+    parse_protected,
+    parse_update,
+)
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
 
-_LARGEST, _DEEPEST = 1_000_000, 8
-_PLAIN = re.compile(
-    r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF|nan|NaN|NAN))"
-)
+_LARGEST = 1_000_000
 _KEYS = (
     "alpha",
     "alpha_rules",
@@ -47,6 +56,17 @@ _KEYS = (
     "as",
     "rounding",
     "seed",
+    "along",
+    "min_cos",
+    "max_alpha",
+    "away_from",
+    "always",
+    "rank",
+    "energy",
+    "rank_all",
+    "control",
+    "granularity",
+    "add",
 )
 
 
@@ -59,9 +79,9 @@ def read_recipe(named: str | os.PathLike[str]) -> Recipe:
         NumericError: An α is too large.
     """
     path = Path(named)
-    reader = _READERS.get(path.suffix.lower())
+    reader = READERS.get(path.suffix.lower())
     if reader is None:
-        endings = ", ".join(_READERS)
+        endings = ", ".join(READERS)
         raise UsageError("is no recipe by its name", file=path, remedy=f"call it {endings}")
     try:
         size = path.stat().st_size
@@ -96,6 +116,7 @@ def write_recipe(recipe: Recipe) -> str:
     document |= {"rounding": recipe.rounding, "seed": recipe.seed}
     if recipe.max_shard_bytes is not None:
         document["max_shard_size"] = recipe.max_shard_bytes
+    document |= recipe.steering.document()
     return yaml.safe_dump(document, sort_keys=False)
 
 
@@ -106,7 +127,8 @@ def _recipe(document: object) -> Recipe:
             near = difflib.get_close_matches(str(key), _KEYS, 1)
             remedy = f"did you mean {near[0]}?" if near else f"known are {', '.join(_KEYS)}"
             raise RecipeError(f"has the unknown key '{key}'", remedy=remedy)
-    if "alpha" not in fields:
+    steering = _steering(fields)
+    if "alpha" not in fields and not steering.along:
         raise RecipeError("has no alpha", remedy="give the α of what no rule decides")
     rules = []
     for number, rule in enumerate(_list(fields.get("alpha_rules", []), "alpha_rules"), 1):
@@ -124,11 +146,8 @@ def _recipe(document: object) -> Recipe:
     decision: Any = _text(fields.get("on_mismatch", "error"), "on_mismatch")  # checked by Recipe
     form: Any = _text(fields.get("as", "model"), "as")
     rounding: Any = _text(fields.get("rounding", "nearest"), "rounding")
-    seed = fields.get("seed", 0)
-    if type(seed) is not int:
-        raise RecipeError(f"seed is {seed!r:.60}, not a whole number")
     return Recipe(
-        alpha=_number(fields["alpha"], "alpha"),
+        alpha=_number(fields.get("alpha", 1.0), "alpha"),
         dtype=_text(fields.get("dtype", "auto"), "dtype"),
         max_shard_bytes=size,
         on_mismatch=decision,
@@ -137,8 +156,64 @@ def _recipe(document: object) -> Recipe:
         gradient=tuple(_number(alpha, "gradient") for alpha in gradient),
         form=form,
         rounding=rounding,
-        seed=seed,
+        seed=_whole(fields.get("seed", 0), "seed"),
+        steering=steering,
     )
+
+
+def _steering(fields: dict[object, object]) -> Steering:
+    along = _list(fields.get("along", []), "along")
+    protected = fields.get("away_from")
+    control: Any = _text(fields.get("control", "none"), "control")  # checked by Steering
+    granularity: Any = _text(fields.get("granularity", GRANULARITY), "granularity")
+    added = []
+    for number, entry in enumerate(_list(fields.get("add", []), "add"), 1):
+        update = dict(_mapping(entry, f"update {number} of add"))
+        beta = _number(update.pop("beta", None), f"beta of update {number}")
+        added.append((_update(update, f"update {number} of add"), beta))
+    rank, energy = fields.get("rank"), fields.get("energy")
+    return Steering(
+        along=tuple(_update(each, f"update {at} of along") for at, each in enumerate(along, 1)),
+        min_cos=_number(fields.get("min_cos", MIN_COS), "min_cos"),
+        max_alpha=_number(fields.get("max_alpha", MAX_ALPHA), "max_alpha"),
+        away_from=None if protected is None else _protected(protected),
+        always=_truth(fields.get("always", False), "always"),
+        rank=None if rank is None else _whole(rank, "rank"),
+        energy=None if energy is None else _number(energy, "energy"),
+        rank_all=_truth(fields.get("rank_all", False), "rank_all"),
+        control=control,
+        granularity=granularity,
+        add=tuple(added),
+    )
+
+
+def _update(value: object, what: str) -> Update:
+    """Read ``{new, old}``, or a text as on the command line."""
+    if isinstance(value, str):
+        return parse_update(value)
+    pair = _mapping(value, what)
+    if not {"new"} <= set(pair) <= {"new", "old"}:
+        raise RecipeError(f"{what} has not just new and old")
+    new, old = (_text(pair.get(key, ""), f"{key} of {what}") for key in ("new", "old"))
+    if not new:
+        raise RecipeError(f"new of {what} is empty")
+    return Update(new, old)
+
+
+def _protected(value: object) -> Update:
+    return parse_protected(value) if isinstance(value, str) else _update(value, "away_from")
+
+
+def _whole(value: object, what: str) -> int:
+    if type(value) is not int:
+        raise RecipeError(f"{what} is {value!r:.60}, not a whole number")
+    return value
+
+
+def _truth(value: object, what: str) -> bool:
+    if not isinstance(value, bool):
+        raise RecipeError(f"{what} is {value!r:.60}, neither true nor false")
+    return value
 
 
 def _mapping(value: object, what: str) -> dict[object, object]:
@@ -174,79 +249,3 @@ def _layer(key: object) -> int:
     if type(key) is not int:
         raise RecipeError(f"'{key!s:.60}' of alpha_layers is not the number of a layer")
     return key
-
-
-def _from_yaml(raw: bytes) -> object:
-    import yaml
-
-    depth = 0
-    try:
-        for event in yaml.parse(raw, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                raise RecipeError("uses an anchor or an alias", remedy="write the value out")
-            if tag := getattr(event, "tag", None):
-                raise RecipeError(f"uses the tag {tag}", remedy="leave it out")
-            depth += isinstance(event, yaml.CollectionStartEvent)
-            depth -= isinstance(event, yaml.CollectionEndEvent)
-            if depth > _DEEPEST:
-                raise RecipeError("is nested too deeply")
-        return _unique(yaml.compose(raw, Loader=yaml.SafeLoader), yaml.SafeLoader(b""))
-    except yaml.YAMLError as error:
-        raise ValueError(error) from None
-
-
-def _unique(node: Any, loader: Any) -> object:  # noqa: ANN401 - PyYAML's nodes have no types
-    """Build what a node of YAML says; a key given twice is an error."""
-    import yaml
-
-    if isinstance(node, yaml.MappingNode):
-        found: dict[object, object] = {}
-        for key_node, value_node in node.value:
-            key = _unique(key_node, loader)
-            _refuse_twice(found, key)
-            found[key] = _unique(value_node, loader)
-        return found
-    if isinstance(node, yaml.SequenceNode):
-        return [_unique(item, loader) for item in node.value]
-    return None if node is None else _scalar(node, loader)
-
-
-def _scalar(node: Any, loader: Any) -> object:  # noqa: ANN401 - as above
-    """Build a text, a truth value or a number; YAML's octals and base 60 are no numbers here."""
-    if node.tag.endswith((":int", ":float")) and not _PLAIN.fullmatch(node.value):
-        raise RecipeError(
-            f"'{node.value:.40}' is not written as a plain number", remedy="write it like 0.5"
-        )
-    return loader.construct_object(node)
-
-
-def _from_json(raw: bytes) -> object:
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found: dict[str, object] = {}
-        for key, value in pairs:
-            _refuse_twice(found, key)
-            found[key] = value
-        return found
-
-    return json.loads(raw, object_pairs_hook=unique)
-
-
-def _from_toml(raw: bytes) -> object:
-    return tomllib.loads(raw.decode())
-
-
-def _refuse_twice(found: dict[Any, object], key: object) -> None:
-    try:
-        twice = key in found
-    except TypeError:  # a list or a mapping
-        raise RecipeError("has a key that is no text and no number") from None
-    if twice:
-        raise RecipeError(f"has the key '{key}' twice")
-
-
-_READERS: dict[str, Callable[[bytes], object]] = {
-    ".yaml": _from_yaml,
-    ".yml": _from_yaml,
-    ".toml": _from_toml,
-    ".json": _from_json,
-}
