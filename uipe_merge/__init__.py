@@ -21,16 +21,20 @@ from uipe_merge.errors import (
     UnsafeInputError,
     UsageError,
 )
+from uipe_merge.steering import ORIGINAL_ITSELF, Steering, Update
 
 __all__ = [
+    "ORIGINAL_ITSELF",
     "CorruptInputError",
     "IncompatibleModelsError",
     "NumericError",
     "OutputError",
     "OutputLockedError",
     "RecipeError",
+    "Steering",
     "UipeMergeError",
     "UnsafeInputError",
+    "Update",
     "UsageError",
     "Verification",
     "__version__",

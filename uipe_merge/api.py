@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from uipe_merge.errors import UsageError
+from uipe_merge.steering import PLAIN, Steering
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from uipe_merge.checkpoint.decisions import Decision
-    from uipe_merge.inspection import Inspection
+    from uipe_merge.inspected import Inspection
     from uipe_merge.job import Job
     from uipe_merge.progress import Progress
     from uipe_merge.recipe import Form, Recipe, Rounding
     from uipe_merge.report import MergeReport
+    from uipe_merge.steering import Update
 
 PathLike = str | os.PathLike[str]
 
@@ -39,10 +41,12 @@ def plan(
     as_: Form = "model",
     rounding: Rounding = "nearest",
     seed: int = 0,
+    steering: Steering = PLAIN,
     recipe: Recipe | PathLike | None = None,
     overwrite: bool = False,
     allow_pickle: bool = False,
     dequantize: bool = False,
+    device: str = "cpu",
 ) -> Job:
     """Read headers and decide everything; write nothing. The arguments are ``merge``'s.
 
@@ -64,6 +68,7 @@ def plan(
         as_=as_,
         rounding=rounding,
         seed=seed,
+        steering=steering,
         recipe=recipe,
     )
     return job.prepare(
@@ -74,6 +79,7 @@ def plan(
         overwrite=overwrite,
         allow_pickle=allow_pickle,
         dequantize=dequantize,
+        device=device,
     )
 
 
@@ -89,6 +95,7 @@ def make_recipe(
     as_: Form = "model",
     rounding: Rounding = "nearest",
     seed: int = 0,
+    steering: Steering = PLAIN,
     recipe: Recipe | PathLike | None = None,
 ) -> Recipe:
     """Return the recipe that the arguments of ``merge`` make, or the one that a file holds.
@@ -111,8 +118,11 @@ def make_recipe(
         as_,
         rounding,
         seed,
+        steering,
     )
     if recipe is None:
+        if alpha is None and steering.along:
+            alpha = 1.0  # the related updates say how far
         if alpha is None:
             raise UsageError(
                 "no alpha", remedy="give --alpha (2 adds twice the update), or --recipe"
@@ -142,10 +152,12 @@ def merge(
     as_: Form = "model",
     rounding: Rounding = "nearest",
     seed: int = 0,
+    steering: Steering = PLAIN,
     recipe: Recipe | PathLike | None = None,
     overwrite: bool = False,
     allow_pickle: bool = False,
     dequantize: bool = False,
+    device: str = "cpu",
     threads: int | None = None,
     progress: bool | Progress = True,
 ) -> MergeReport:
@@ -161,7 +173,7 @@ def merge(
         output: Directory to make; it appears whole, at the very end. Or the URL of a folder in
             an object store, which gets its manifest at the very end.
         alpha: α, dimensionless: 0 gives the unlearned model, −1 the original. Of every tensor
-            that no rule and no layer decides.
+            that no rule and no layer decides. May be left out with ``along``: 1 then.
         alpha_rules: α by pattern of the tensor's name (``*``, ``?``, ``[…]``), in order: the
             first that matches decides.
         alpha_layers: α by layer, linear between the layers named and constant outside.
@@ -179,12 +191,17 @@ def merge(
         rounding: ``nearest``, or ``stochastic``: up or down by chance, so that in a 16-bit output
             the mean of many elements keeps the whole step. Copies and conversions, and outputs
             of other types, are rounded to nearest all the same.
-        seed: Of that chance; the same seed gives the same bytes.
+        seed: Of that chance, of a random control and of the search for singular vectors; the same
+            seed gives the same bytes.
+        steering: What else than α·v goes into the step: related, protected and further updates,
+            a part of the rank, a random control. Their checkpoints are read too.
         recipe: All of the above, from α on, as an object or in a file.
         overwrite: Replace a model that this tool wrote at ``output``.
         allow_pickle: Read ``pytorch_model*.bin`` where there is no safetensors file; nothing in
             the pickle is run.
         dequantize: Take block-scaled FP8 checkpoints; the output is not quantised.
+        device: ``cuda`` finds singular vectors there, and does the arithmetic that is not
+            compiled. The latter changes no byte.
         threads: Threads; by default two a processor, at most 8, and 8 over a network. Changes no
             byte.
         progress: Show a tqdm bar; or an object to be told of the progress.
@@ -214,10 +231,12 @@ def merge(
         as_=as_,
         rounding=rounding,
         seed=seed,
+        steering=steering,
         recipe=recipe,
         overwrite=overwrite,
         allow_pickle=allow_pickle,
         dequantize=dequantize,
+        device=device,
     )
     executor = make_executor(threads, remote=prepared.remote)
     return running.run(prepared, executor, LocalFileSystem(), _watcher(progress))
@@ -229,6 +248,8 @@ def inspect(
     *,
     alphas: tuple[float, ...] | None = None,
     dtype: str = "auto",
+    along: Sequence[Update] = (),
+    away_from: Update | None = None,
     allow_pickle: bool = False,
     dequantize: bool = False,
     threads: int | None = None,
@@ -236,7 +257,8 @@ def inspect(
 ) -> Inspection:
     """Measure the update of every tensor in one streaming pass; write nothing.
 
-    Mismatches are reported, not refused: the tensors that match are measured.
+    Mismatches are reported, not refused: the tensors that match are measured. With further
+    updates, a second pass measures the cosines of v with them.
 
     Args:
         original: The original checkpoint θ₀: a directory, ``ORG/NAME@REVISION`` on a hub,
@@ -244,6 +266,8 @@ def inspect(
         unlearned: The unlearned checkpoint θᵤ, likewise; or an adapter.
         alphas: The α whose rounding is tried; by default 0.1, 0.25, 0.5, 1 and 2.
         dtype: The output dtype the rounding is tried at, as for ``merge``.
+        along: Related updates, to see where v goes along them.
+        away_from: A protected update, or ``ORIGINAL_ITSELF`` for θ₀.
         allow_pickle: As for ``merge``.
         dequantize: As for ``merge``.
         threads: As for ``merge``.
@@ -255,15 +279,18 @@ def inspect(
     from uipe_merge import inspection
     from uipe_merge.executors import make_executor
     from uipe_merge.opening import is_remote
+    from uipe_merge.recipe import Recipe
 
+    steering = Steering(along=tuple(along), away_from=away_from)
+    arguments = (original, unlearned, *steering.checkpoints)
     watcher = _watcher(progress)
     try:
         return inspection.inspect_pair(
             original,
             unlearned,
             alphas or inspection.DEFAULT_ALPHAS,
-            dtype,
-            make_executor(threads, remote=is_remote(original) or is_remote(unlearned)),
+            Recipe(1.0, dtype, steering=steering),
+            make_executor(threads, remote=any(map(is_remote, arguments))),
             watcher,
             allow_pickle=allow_pickle,
             dequantize=dequantize,

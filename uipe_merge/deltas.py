@@ -1,4 +1,4 @@
-"""What scales and adapters make of the two sides of a step. Importing this imports torch."""
+"""What scales, adapters and chance make of the operands of a step. Importing this imports torch."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from uipe_merge.arithmetic.blocks import Change, work_dtype
+from uipe_merge.arithmetic.blocks import Change
 from uipe_merge.arithmetic.blockscale import scale_slice
 from uipe_merge.arithmetic.dora import add_squares, spread
 from uipe_merge.arithmetic.lowrank import product_slice
+from uipe_merge.arithmetic.noise import random_direction
 from uipe_merge.errors import NumericError
-from uipe_merge.kernels import DeltaCells, no_deltas, torch_dtype
+from uipe_merge.kernels import DeltaCells, no_deltas, torch_dtype, working
 from uipe_merge.once import Once
 from uipe_merge.plan import CELL
 from uipe_merge.reader import BlockReader, Pair, shown
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from uipe_merge.checkpoint.header import Factor, TensorSpec
     from uipe_merge.plan import Step
 
@@ -50,8 +53,8 @@ class Deltas:
         self._growths = growths
         self._reader = BlockReader(pair, 1, 1)
         self._name = ""
-        self._factors: tuple[list[Loaded], list[Loaded]] = ([], [])
-        self._scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        self._factors: list[list[Loaded]] = []
+        self._scales: list[torch.Tensor | None] = []
 
     def at(self, step: Step, first: int) -> DeltaCells:
         """Return the changes of a block that begins at element ``first`` of the tensor.
@@ -59,38 +62,26 @@ class Deltas:
         Raises:
             NumericError: DoRA would divide by the norm of an output that is all zeros.
         """
-        assert step.original is not None  # noqa: S101 - the plan gives it to what is extrapolated
-        if not step.elements or (step.original.plain and step.source.plain):
+        operands = step.operands
+        random = any(operand.noise is not None for operand in operands)
+        if not step.elements or not (step.changed or random):
             return no_deltas
+        work = working(step)
         if step.name != self._name:
-            types = (step.original.dtype, step.source.dtype, step.dtype)
-            work = work_dtype(*(torch_dtype(dtype) for dtype in types))
-            side = 0 if step.from_original else 1
-            self._factors = (
-                self._load(step.original, 0, work),
-                self._load(step.source, side, work),
-            )
-            self._scales = (
-                self._load_scales(step.original, 0, work),
-                self._load_scales(step.source, side, work),
-            )
+            self._factors = [self._load(spec, side, work) for side, spec, _ in operands]
+            self._scales = [self._load_scales(spec, side, work) for side, spec, _ in operands]
             self._name = step.name
 
-        specs = (step.original, step.source)
-
-        def cells(
-            start: int, original: torch.Tensor, unlearned: torch.Tensor
-        ) -> tuple[Change, Change]:
-            one, two = (
-                Change(
-                    _spread(spec, scales, first + start, stored.numel()),
-                    _sum(factors, first + start, stored),
+        def cells(start: int, stored: Sequence[torch.Tensor]) -> list[Change | None]:
+            at, count = first + start, stored[0].numel()
+            return [
+                Change(None, random_direction(key, at, count).to(work))
+                if key is not None
+                else Change(_spread(spec, scales, at, count), _sum(factors, at, values))
+                for (_, spec, key), scales, factors, values in zip(
+                    operands, self._scales, self._factors, stored, strict=True
                 )
-                for spec, scales, factors, stored in zip(
-                    specs, self._scales, self._factors, (original, unlearned), strict=True
-                )
-            )
-            return one, two
+            ]
 
         return cells
 

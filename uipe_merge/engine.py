@@ -34,6 +34,7 @@ def write_shards(
     progress: Progress,
     *,
     block: int = BLOCK,
+    device: str = "cpu",
 ) -> dict[str, ShardRecord]:
     """Write every shard that an earlier run did not finish; return the record of all.
 
@@ -45,6 +46,7 @@ def write_shards(
         executor: On what to run.
         progress: Told of every block.
         block: Elements read at a time, a multiple of ``plan.CELL``. Changes no byte.
+        device: Where torch computes what is not compiled. Changes no byte.
 
     Raises:
         NumericError: A value is not finite, or would not be.
@@ -56,7 +58,7 @@ def write_shards(
     progress.start(plan.write_bytes)
     for record in records.values():
         progress.advance(record.size, record.name)
-    desk = _Desk(plan, pair, staging, filesystem, block)
+    desk = _Desk(plan, pair, staging, filesystem, block, device)
     gathered = {index: _Gathered(plan.shards[index].steps) for index in todo}
     abreast = min(executor.width, staging.most_at_once - 1)
     results = executor.run(desk.make_worker, blocks(plan, todo, abreast, block))
@@ -88,7 +90,7 @@ def require_unchanged(pair: Pair) -> None:
         CorruptInputError: A weight file has another size or modification time than when its
             header was read.
     """
-    for checkpoint in pair:
+    for checkpoint in pair.sides:
         for shard in checkpoint.shards:
             file = checkpoint.folders[shard.home].open_file(shard.name)
             try:
@@ -101,13 +103,20 @@ class _Desk:
     """Hands out workers and shard writers, and stops all of them when one fails."""
 
     def __init__(
-        self, plan: Plan, pair: Pair, staging: Staging, filesystem: FileSystem, block: int
+        self,
+        plan: Plan,
+        pair: Pair,
+        staging: Staging,
+        filesystem: FileSystem,
+        block: int,
+        device: str,
     ) -> None:
         self._plan = plan
         self._pair = pair
         self._staging = staging
         self._filesystem = filesystem
         self._block = block
+        self._device = device
         self._growths: Growths = Once()
         self._changed = threading.Condition()
         self._writers: dict[int, ShardWriter] = {}
@@ -115,7 +124,8 @@ class _Desk:
 
     def make_worker(self) -> _GuardedWorker:
         """Make the worker of one thread."""
-        worker = MergeWorker(self._plan, self._pair, self.writer, self._growths, self._block)
+        shared = (self._plan, self._pair, self.writer, self._growths)
+        worker = MergeWorker(*shared, self._block, self._device)
         return _GuardedWorker(worker, self)
 
     def writer(self, index: int) -> ShardWriter:
@@ -208,9 +218,10 @@ class _Gathered:
         if not self._missing[index]:
             del self._missing[index]
             cells = self._cells.pop(index, None)
-            operation = self._steps[index].operation
-            if cells or operation in ("extrapolate", "keep"):
-                self._sums[index] = add(cells) if cells else Sums()
+            step = self._steps[index]
+            if cells or step.operation in ("extrapolate", "keep"):
+                sums = add(cells) if cells else Sums()
+                self._sums[index] = sums if step.terms else sums.of_plain(step.alpha)
 
     def moments(self) -> list[list[float] | None]:
         """Return the sums of every tensor, in the order of the plan, for the journal."""

@@ -53,7 +53,7 @@ class Wanted(NamedTuple):
 
 def wanted(plan: Plan, pair: Pair, sidecars: Iterable[Sidecar] = ()) -> list[Wanted]:
     """Return what a run of ``plan`` reads, folder by folder; nothing where all is here."""
-    folders = [folder for checkpoint in pair for folder in checkpoint.folders.values()]
+    folders = [folder for checkpoint in pair.sides for folder in checkpoint.folders.values()]
     if all(isinstance(folder, LocalFolder) for folder in folders):
         return []
     found: dict[str, Wanted] = {}
@@ -62,13 +62,11 @@ def wanted(plan: Plan, pair: Pair, sidecars: Iterable[Sidecar] = ()) -> list[Wan
         return found.setdefault(folder.location, Wanted(folder, set(), set()))
 
     for step in plan.steps:
-        sides = [(step.source, 0 if step.from_original else 1)]
-        sides += [(step.original, 0)] if step.original else []
-        for spec, side in sides:
+        for side, spec, _ in step.sides:
             for stored in _stored(spec):
                 at, home = owner(stored, side)
-                of(pair[at].folders[home]).weights.add(stored.file)
-    for checkpoint in pair:
+                of(pair.sides[at].folders[home]).weights.add(stored.file)
+    for checkpoint in pair.sides:
         for folder in checkpoint.folders.values():
             of(folder).others.update(_DOCUMENTS.intersection(folder.names()))
     for sidecar in sidecars:
@@ -117,7 +115,7 @@ def fetch(everything: Iterable[Wanted], pair: Pair) -> None:
     """
     shards = {
         (checkpoint.folders[shard.home].location, shard.name): shard
-        for checkpoint in pair
+        for checkpoint in pair.sides
         for shard in checkpoint.shards
     }
     for each in everything:

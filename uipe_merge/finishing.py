@@ -15,33 +15,44 @@ from uipe_merge.output.filesystem import write_document
 from uipe_merge.output.manifest import MANIFEST_NAME, FileRecord, encode_manifest, record_of
 from uipe_merge.output.sidecars import Edits, copy_sidecar
 from uipe_merge.plan import NUMERICS
-from uipe_merge.report import Summary, Sums, summarise, tensor_record
+from uipe_merge.report import Summary, Sums, add, summarise, tensor_record
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from uipe_merge.checkpoint.model import Checkpoint
     from uipe_merge.output.filesystem import FileSystem
     from uipe_merge.output.journal import ShardRecord
     from uipe_merge.output.staging import Staging
-    from uipe_merge.plan import Plan
+    from uipe_merge.resolving import GroupRecord
+    from uipe_merge.settling import Settled
 
 _RULES = {
     "model": "theta_u + alpha * (theta_u - theta_0)",
     "adapter": "theta_0 + (1 + alpha) * c * B * A: B + alpha * (B - 0)",
 }
+_STEERED = "theta_u + s, with s made as the recipe says: see groups"
 
 
 def write_rest(
-    job: Job, staging: Staging, filesystem: FileSystem, records: dict[str, ShardRecord]
+    job: Job,
+    settled: Settled,
+    staging: Staging,
+    filesystem: FileSystem,
+    records: dict[str, ShardRecord],
 ) -> None:
     """Write everything but the shards; the manifest comes last."""
-    plan, model = job.plan, staging.model
-    summary, tensors = results(plan, records)
+    plan, model = settled.plan, staging.model
+    summary, tensors, groups = results(settled, records)
     files = {record.name: FileRecord(record.size, record.sha256) for record in records.values()}
     recipe = plan.recipe
     edits = _edits(job)
     for sidecar in job.sidecars:
         changed = edits.get(sidecar.name, Edits())
         files[sidecar.name] = copy_sidecar(filesystem, sidecar, model, changed)
-    documents = {CARD_NAME: encode_card(*job.pair, job.command, summary, recipe.form)}
+    documents = {
+        CARD_NAME: encode_card(job.pair.original, job.pair.unlearned, job.command, summary, recipe)
+    }
     if (index := plan.index_json()) is not None:
         documents[INDEX_NAME] = index
     for name, content in documents.items():
@@ -49,7 +60,7 @@ def write_rest(
         files[name] = record_of(content)
     manifest = {
         "tool": {"name": "uipe-merge", "version": __version__, "numerics": NUMERICS},
-        "rule": _RULES[recipe.form],
+        "rule": _STEERED if recipe.steering.active else _RULES[recipe.form],
         "command": job.command,
         "recipe": {
             "alpha": recipe.alpha,
@@ -62,33 +73,40 @@ def write_rest(
             "as": recipe.form,
             "rounding": recipe.rounding,
             "seed": recipe.seed,
+            **recipe.steering.document(),
         },
         "plan": plan.fingerprint(),
         "inputs": {
-            side: {
-                "location": checkpoint.location,
-                "shards": [
-                    {
-                        "name": shard.name,
-                        "size": shard.stamp.size,
-                        "mtime_ns": shard.stamp.mtime_ns,
-                        "header_sha256": shard.header_sha256,
-                        **({"tag": shard.stamp.tag} if shard.stamp.tag else {}),
-                    }
-                    for shard in checkpoint.shards
-                ],
-            }
-            for side, checkpoint in job.pair._asdict().items()
+            "original": _input(job.pair.original),
+            "unlearned": _input(job.pair.unlearned),
+            **({"further": list(map(_input, job.pair.further))} if job.pair.further else {}),
         },
         "summary": summary.as_dict(),
+        **({"groups": groups} if groups else {}),
         "tensors": tensors,
     }
     write_document(filesystem, model / MANIFEST_NAME, encode_manifest(manifest, files))
 
 
+def _input(checkpoint: Checkpoint) -> dict[str, object]:
+    return {
+        "location": checkpoint.location,
+        "shards": [
+            {
+                "name": shard.name,
+                "size": shard.stamp.size,
+                "mtime_ns": shard.stamp.mtime_ns,
+                "header_sha256": shard.header_sha256,
+                **({"tag": shard.stamp.tag} if shard.stamp.tag else {}),
+            }
+            for shard in checkpoint.shards
+        ],
+    }
+
+
 def _edits(job: Job) -> dict[str, Edits]:
     """Return what a configuration must say other than the unlearned checkpoint's."""
-    original, unlearned = job.pair
+    original, unlearned = job.pair.original, job.pair.unlearned
     if job.plan.recipe.form == "adapter" and unlearned.adapter is not None:
         config = unlearned.adapter.config
         fields: dict[str, object] = {} if config.get("inference_mode") else {"inference_mode": True}
@@ -111,9 +129,10 @@ def _edits(job: Job) -> dict[str, Edits]:
 
 
 def results(
-    plan: Plan, records: dict[str, ShardRecord]
-) -> tuple[Summary, dict[str, dict[str, object]]]:
-    """Return the numbers over the model and the record of every tensor."""
+    settled: Settled, records: dict[str, ShardRecord]
+) -> tuple[Summary, dict[str, dict[str, object]], dict[str, dict[str, object]]]:
+    """Return the numbers over the model, and the record of every tensor and of every group."""
+    plan = settled.plan
     sums = {
         step.name: None if values is None else Sums(*values)
         for shard in plan.shards
@@ -121,4 +140,12 @@ def results(
     }
     steps = list(plan.steps)
     tensors = {step.name: tensor_record(step, sums[step.name]) for step in steps}
-    return summarise(steps, sums, plan.recipe.alpha), tensors
+    for name, found in settled.ranks.items():
+        tensors[name] |= found
+    summary = summarise(steps, sums, plan.recipe.alpha, steered=plan.directions is not None)
+    return summary, tensors, {group.name: _group(group, sums) for group in settled.groups}
+
+
+def _group(group: GroupRecord, sums: Mapping[str, Sums | None]) -> dict[str, object]:
+    total = add(found for name in group.tensors if (found := sums[name]) is not None)
+    return {**group.as_dict(), "effective_alpha": total.effective_alpha, "share_kept": total.kept}

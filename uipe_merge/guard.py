@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from uipe_merge.bits import BitScanner, NonFinite, combine
 from uipe_merge.checkpoint.dtypes import DTYPES
+from uipe_merge.checkpoint.header import ZERO
 from uipe_merge.errors import NumericError
 from uipe_merge.plan import BLOCK, Plan, Step
 from uipe_merge.reader import BlockReader, Pair, shown, widest_input
@@ -73,7 +74,8 @@ class Guard:
         """
         assert step.original is not None  # noqa: S101 - the plan gives it to what has moments
         if self._finite_inputs != step.name:
-            tensors = [(step.original, 0), (step.source, 1)]
+            stored = [each for each in step.operands if each.spec.home != ZERO or each.spec.factors]
+            tensors = [(spec, side) for side, spec, _ in stored]
             for spec, side in list(tensors):
                 parts = [part for factor in spec.factors for part in factor.tensors]
                 tensors += [(part, side) for part in parts]
@@ -88,17 +90,17 @@ class Guard:
         from uipe_merge.deltas import Deltas, Growths  # imports torch
 
         count, largest = 0, 0.0
-        reader = BlockReader(self._pair, widest_input(self._plan), BLOCK)
+        reader = BlockReader(self._pair, widest_input(self._plan), BLOCK, len(step.operands))
         deltas = Deltas(self._pair, Growths())
         try:
             for start, elements in step.ranges(BLOCK):
                 here = step.at(start, elements)
-                assert here.original is not None  # noqa: S101 - as above
-                source = reader.read(here.source, side, 0, elements)
-                cast = step.operation == "cast"
-                original = source if cast else reader.read(here.original, 0, 0, elements)
+                if step.operation == "cast":
+                    operands = [reader.read(here.source, side, 0, elements)] * 2
+                else:
+                    operands = reader.operands(here, elements)
                 cells = deltas.at(step, start)
-                over, most = kernels.overflow(here, original, source, cells)
+                over, most = kernels.overflow(here, operands, cells)
                 count, largest = count + over, max(largest, most)
         finally:
             reader.close()

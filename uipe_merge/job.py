@@ -10,15 +10,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from uipe_merge import native
 from uipe_merge._version import __version__
 from uipe_merge.adapter_plan import make_adapter_plan
 from uipe_merge.checkpoint.index import INDEX_NAME
 from uipe_merge.checkpoint.pair import match, refuse_swapped
 from uipe_merge.checkpoint.storage import LocalFolder
 from uipe_merge.checkpoint.urls import RemoteFolder, is_url, local
+from uipe_merge.coherent import factors_bytes
+from uipe_merge.coherent import peak_memory as factors_memory
 from uipe_merge.fetching import download_bytes, wanted
 from uipe_merge.fetching import require_room as require_download_room
-from uipe_merge.opening import open_folders, open_pair
+from uipe_merge.opening import hold_further, open_folders, open_further, open_pair
 from uipe_merge.output import bucket, place
 from uipe_merge.output.bucket import BucketStaging
 from uipe_merge.output.card import CARD_NAME, base_models, card_metadata
@@ -62,9 +65,11 @@ class Job:
         output: The real path of the output; for a URL, where it is made before it goes there.
         folder: Where an output by URL goes.
         arguments: The two inputs as the user named them, a hub id with its commit.
+        names: The same of every further checkpoint, by the name that the recipe has.
         named: The output as the user named it.
         space: What the disk needs and has.
         overwrite: Whether a model at the output may be replaced.
+        device: Where torch computes what is not compiled, and singular vectors.
     """
 
     plan: Plan
@@ -74,9 +79,11 @@ class Job:
     output: Path
     folder: RemoteFolder | None
     arguments: tuple[str, str]
+    names: dict[str, str]
     named: str
     space: place.Space
     overwrite: bool
+    device: str = "cpu"
 
     @property
     def download_bytes(self) -> int:
@@ -87,16 +94,18 @@ class Job:
     def command(self) -> str:
         """The command line that makes this output."""
         words = ["uipe-merge", *(_operand(argument) for argument in self.arguments)]
-        words += [*self.plan.recipe.words(), "-o", self.named]
-        if any(shard.name.endswith(".bin") for side in self.pair for shard in side.shards):
+        recipe = self.plan.recipe.words(lambda name: self.names.get(name, name))
+        words += [*recipe, "-o", self.named]
+        sides = self.pair.sides
+        if any(shard.name.endswith(".bin") for side in sides for shard in side.shards):
             words.append("--allow-pickle")
-        if any(is_scaled(side) or side.config.get("quantization_config") for side in self.pair):
+        if any(is_scaled(side) or side.config.get("quantization_config") for side in sides):
             words.append("--dequantize")
         return shlex.join(words)
 
     @property
     def _reads_remotely(self) -> bool:
-        folders = [folder for side in self.pair for folder in side.folders.values()]
+        folders = [folder for side in self.pair.sides for folder in side.folders.values()]
         return any(isinstance(folder, RemoteFolder) for folder in folders)
 
     @property
@@ -110,6 +119,12 @@ class Job:
         if not self._reads_remotely:
             return BLOCK
         return max(_REMOTE_BLOCK // widest_input(self.plan) // CELL * CELL, CELL)
+
+    def peak_memory(self, threads: int, *, torch: bool) -> int:
+        """Return an upper estimate of the resident bytes of a run; see ``Plan.peak_memory``."""
+        peak = self.plan.peak_memory(threads, torch=torch, block=self.block, remote=self.remote)
+        low_rank = self.plan.recipe.steering.low_rank
+        return peak + (factors_memory(self.plan, threads) if low_rank else 0)
 
     def staging(self, filesystem: FileSystem) -> Staging:
         """Return where the output is built."""
@@ -130,6 +145,7 @@ def prepare(
     overwrite: bool = False,
     allow_pickle: bool = False,
     dequantize: bool = False,
+    device: str = "cpu",
 ) -> Job:
     """Read headers and decide everything; write nothing.
 
@@ -138,7 +154,8 @@ def prepare(
             ``require_room`` looks at the output's place and the disk.
     """
     # Before the output is looked at, so that a missing input is what is reported.
-    sides = open_folders(original, unlearned)
+    further = recipe.steering.checkpoints
+    first, second, *others = sides = open_folders(original, unlearned, *further)
     sources = [source for side in sides for source in side]
     named = local(os.fspath(output))
     folder = None
@@ -150,18 +167,31 @@ def prepare(
         directories = [source.location for source in sources if isinstance(source, LocalFolder)]
         target = place.resolve(named, directories)
     with _collector_paused():
-        pair = open_pair(*sides, allow_pickle=allow_pickle, dequantize=dequantize)
-        refuse_swapped(*pair, base_models(card_metadata(pair.original)))
-        pairing = match(*pair, recipe.on_mismatch)
-        pairing.require_match(*pair)
-        planned = make_adapter_plan if recipe.form == "adapter" else make_plan
-        plan = planned(*pair, pairing, recipe)
-    if recipe.form == "adapter":
-        sidecars = plan_adapter_sidecars(pair.unlearned)
-    else:
-        sidecars = plan_sidecars(*pair)
-    space = _space(plan, sidecars, target, delivered=folder is not None)
-    first, second = ("+".join(folder.location for folder in side) for side in sides)
+        allowed = {"allow_pickle": allow_pickle, "dequantize": dequantize}
+        pair = open_pair(first, second, **allowed)
+        refuse_swapped(pair.original, pair.unlearned, base_models(card_metadata(pair.original)))
+        pairing = match(pair.original, pair.unlearned, recipe.on_mismatch)
+        pairing.require_match(pair.original, pair.unlearned)
+        if recipe.form == "adapter":
+            plan = make_adapter_plan(pair.original, pair.unlearned, pairing, recipe)
+            sidecars = plan_adapter_sidecars(pair.unlearned)
+        else:
+            folders = dict(zip(further, others, strict=True))
+            pair, directions = open_further(
+                recipe.steering, folders, pair, (first, second), **allowed
+            )
+            held = hold_further(pair, pairing, directions)
+            plan = make_plan(pair.original, pair.unlearned, pairing, recipe, held)
+            sidecars = plan_sidecars(pair.original, pair.unlearned)
+    if device != "cpu":
+        from uipe_merge.kernels import require_device  # imports torch
+
+        require_device(device)
+        if native.suffices(plan) and not recipe.steering.low_rank:
+            plan.warnings.append(f"--device {device} has nothing to do: all of it is compiled")
+    beside = factors_bytes(plan) if recipe.steering.low_rank else 0
+    space = _space(plan, sidecars, target, beside, delivered=folder is not None)
+    one, two, *rest = ("+".join(folder.location for folder in side) for side in sides)
     return Job(
         plan=plan,
         pair=pair,
@@ -169,19 +199,26 @@ def prepare(
         wanted=wanted(plan, pair, sidecars),
         output=target,
         folder=folder,
-        arguments=(first, second),
+        arguments=(one, two),
+        names=dict(zip(further, rest, strict=True)),
         named=named,
         space=space,
         overwrite=overwrite,
+        device=device,
     )
 
 
-def _space(plan: Plan, sidecars: list[Sidecar], target: Path, *, delivered: bool) -> place.Space:
-    """Measure the disk; of an output that is delivered elsewhere it holds a few shards only."""
+def _space(
+    plan: Plan, sidecars: list[Sidecar], target: Path, beside: int, *, delivered: bool
+) -> place.Space:
+    """Measure the disk; of an output that is delivered elsewhere it holds a few shards only.
+
+    ``beside`` are the bytes of what is kept until the output is published.
+    """
     shards = sorted((shard.size for shard in plan.shards), reverse=True)
     if delivered:
         shards = shards[: bucket.IN_HAND]
-    needed = sum(shards) + sum(sidecar.size for sidecar in sidecars)
+    needed = sum(shards) + sum(sidecar.size for sidecar in sidecars) + beside
     files = len(shards) + len(sidecars) + 8  # index, card, manifest, journal, lock, …
     return place.measure(place.existing(target.parent), needed, files)
 
@@ -248,6 +285,7 @@ def identity(job: Job) -> dict[str, object]:
         **job.plan.recipe.canonical(),
         "original": json.dumps(job.plan.original),
         "unlearned": json.dumps(job.plan.unlearned),
+        "further": json.dumps(job.plan.further),
         "plan": job.plan.fingerprint(),
     }
 

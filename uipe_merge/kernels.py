@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from uipe_merge.arithmetic.blocks import Cell, Change, Moments, work_dtype
+from uipe_merge.arithmetic.mixed import MixedCell, MixedMoments
 from uipe_merge.arithmetic.noise import noise
 from uipe_merge.bits import same_bytes
+from uipe_merge.errors import UsageError
 from uipe_merge.plan import CELL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from uipe_merge.arithmetic.terms import Vector
     from uipe_merge.checkpoint.dtypes import DType
     from uipe_merge.plan import Step
 
 
-DeltaCells = Callable[[int, torch.Tensor, torch.Tensor], tuple[Change | None, Change | None]]
-"""Gives what scales and adapters make of the values stored for θ₀ and θᵤ, from element ``start``
-of a block and what is stored for the two."""
+DeltaCells = Callable[[int, Sequence[torch.Tensor]], Sequence[Change | None]]
+"""Gives what scales and adapters make of the values stored for the operands, from element ``start``
+of a block and what is stored for each."""
 
 
-def no_deltas(_start: int, _original: torch.Tensor, _unlearned: torch.Tensor) -> tuple[None, None]:
-    """Say that the stored values are θ₀ and θᵤ."""
-    return None, None
+def no_deltas(_start: int, stored: Sequence[torch.Tensor]) -> list[None]:
+    """Say that the stored values are θ₀, θᵤ and so on."""
+    return [None] * len(stored)
 
 
 class Piece(NamedTuple):
@@ -44,16 +48,21 @@ class Piece(NamedTuple):
     unlearned: torch.Tensor
     out: torch.Tensor
     unchanged: bool
-    deltas: tuple[Change | None, Change | None]
+    deltas: Sequence[Change | None]
 
 
 class Kernels:
     """The arithmetic of one thread, with its cells."""
 
-    def __init__(self) -> None:
-        """Keep torch to one core: the threads of the engine are the parallelism."""
+    def __init__(self, device: str = "cpu") -> None:
+        """Keep torch to one core: the threads of the engine are the parallelism.
+
+        ``device`` is where the cells lie; inner products are taken by the processor.
+        """
         torch.set_num_threads(1)
+        self._device = device
         self._cells: dict[torch.dtype, Cell] = {}
+        self._mixing: dict[tuple[torch.dtype, int], MixedCell] = {}
 
     def extrapolate(
         self,
@@ -122,25 +131,80 @@ class Kernels:
             yield (*row, *(moments.along for _, moments in tried)), finite
 
     def overflow(
-        self,
-        step: Step,
-        original: memoryview,
-        unlearned: memoryview,
-        deltas: DeltaCells = no_deltas,
+        self, step: Step, operands: Sequence[memoryview], deltas: DeltaCells = no_deltas
     ) -> tuple[int, float]:
         """Count the results that the output type cannot hold; also the largest magnitude.
 
-        For a cast, both inputs are its source.
+        For a cast, both operands are its source.
         """
-        cell = self._cell(step)
-        elements = len(unlearned) * 8 // step.source.dtype.bits
-        out = memoryview(bytearray(elements * step.dtype.bits // 8))
-        count, largest = 0, 0.0
-        for piece in pieces(step, original, unlearned, out, deltas):
-            cell.load(piece.original, piece.unlearned, piece.deltas)
-            over, most = cell.overflow(step.alpha, piece.out)
-            count, largest = count + over, max(largest, most)
-        return count, largest
+        out = memoryview(bytearray(step.source.elements * step.dtype.bits // 8))
+        found = [(0, 0.0)]
+        if step.terms:
+            result = _view(out, step.dtype)
+            for start, mixed in self._mixed(step, operands, deltas):
+                found.append(mixed.overflow(step.terms, result[start : start + CELL]))
+        else:
+            original, unlearned = operands
+            cell = self._cell(step)
+            for piece in pieces(step, original, unlearned, out, deltas):
+                cell.load(piece.original, piece.unlearned, piece.deltas)
+                found.append(cell.overflow(step.alpha, piece.out))
+        return sum(over for over, _ in found), max(most for _, most in found)
+
+    def mix(
+        self,
+        step: Step,
+        operands: Sequence[memoryview],
+        out: memoryview,
+        deltas: DeltaCells = no_deltas,
+        first: int = 0,
+    ) -> Iterator[tuple[MixedMoments, bool]]:
+        """Fill ``out`` with θᵤ + s, s being the sum of the step's terms; as ``extrapolate``."""
+        result = _view(out, step.dtype)
+        for start, cell in self._mixed(step, operands, deltas):
+            part = result[start : start + CELL]
+            key, at = step.noise, first + start
+            chance = None if key is None else noise(key, at, part.numel())
+            moments = cell.apply(step.terms, part, chance)
+            finite = moments.finite()
+            yield moments if finite else cell.exact(step.terms, part), finite
+
+    def products(
+        self,
+        step: Step,
+        operands: Sequence[memoryview],
+        vectors: Sequence[Vector],
+        deltas: DeltaCells = no_deltas,
+    ) -> Iterator[tuple[float, ...]]:
+        """Yield the inner products of each cell; see ``MixedCell.products``."""
+        for _, cell in self._mixed(step, operands, deltas):
+            yield cell.products(vectors)
+
+    def update(
+        self, step: Step, operands: Sequence[memoryview], deltas: DeltaCells = no_deltas
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield v of each cell and the element of the block that it begins at."""
+        for start, cell in self._mixed(step, operands, deltas):
+            yield start, cell.difference(1, 0)
+
+    def _mixed(
+        self, step: Step, operands: Sequence[memoryview], deltas: DeltaCells
+    ) -> Iterator[tuple[int, MixedCell]]:
+        """Load cell after cell of a block's operands."""
+        if not step.elements:
+            return
+        key = (working(step), len(operands))
+        if key not in self._mixing:
+            self._mixing[key] = MixedCell(CELL, *key, self._device)
+        cell = self._mixing[key]
+        views = [
+            _view(data, operand.spec.dtype)
+            for data, operand in zip(operands, step.operands, strict=True)
+        ]
+        for start in range(0, len(views[0]), CELL):
+            stored = [view[start : start + CELL] for view in views]
+            cell.load(stored, deltas(start, stored))
+            yield start, cell
 
     def cast(self, step: Step, source: memoryview, out: memoryview) -> None:
         """Convert ``source`` to the output type, rounded to nearest even."""
@@ -148,11 +212,9 @@ class Kernels:
             _view(out, step.dtype).copy_(_view(source, step.source.dtype))
 
     def _cell(self, step: Step) -> Cell:
-        assert step.original is not None  # noqa: S101 - the plan gives it for this operation
-        dtypes = (step.original.dtype, step.source.dtype, step.dtype)
-        work = work_dtype(*(torch_dtype(dtype) for dtype in dtypes))
+        work = working(step)
         if work not in self._cells:
-            self._cells[work] = Cell(CELL, work)
+            self._cells[work] = Cell(CELL, work, self._device)
         return self._cells[work]
 
 
@@ -176,11 +238,36 @@ def pieces(
         raw = slice(start * width, (start + CELL) * width)
         unchanged = comparable and same_bytes(original[raw], unlearned[raw])
         old, new = first[part], second[part]
-        yield Piece(old, new, result[part], unchanged, deltas(start, old, new))
+        yield Piece(old, new, result[part], unchanged, deltas(start, (old, new)))
 
 
 def _view(data: memoryview, dtype: DType) -> torch.Tensor:
     return torch.frombuffer(data, dtype=torch_dtype(dtype))
+
+
+def require_device(device: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        UsageError: It is none, or torch cannot use it here.
+    """
+    if not re.fullmatch(r"cuda(:[0-9]{1,3})?", device):
+        raise UsageError(f"'{device}' is no device", remedy="choose cpu, cuda or cuda:0 and so on")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise UsageError(
+            f"device '{device}' cannot be used: {reason}", remedy="leave out --device"
+        ) from None
+
+
+def working(step: Step) -> torch.dtype:
+    """Return the type that a step's arithmetic is done in: float64 if an operand asks for it."""
+    out = torch_dtype(step.dtype)
+    stored = [torch_dtype(operand.spec.dtype) for operand in step.operands]
+    wide = any(work_dtype(dtype, dtype, out) == torch.float64 for dtype in stored)
+    return torch.float64 if wide else torch.float32
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:

@@ -19,19 +19,25 @@ else:
     COMPILED = True
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from uipe_merge.arithmetic.terms import Vector
     from uipe_merge.plan import Plan, Step
 
 _TYPES = {"BF16": b"B", "F32": b"F"}
+_MOST = 12
+"""Operands, terms and vectors that the compiled functions take."""
 
 
 def covers(step: Step) -> bool:
-    """Tell whether ``extrapolate`` and ``measure`` can do a step."""
+    """Tell whether a step can be done here."""
     if step.operation != "extrapolate" or not COMPILED:
         return False
-    if step.original is None or not (step.original.plain and step.source.plain):
+    if step.changed or step.dtype.name not in _TYPES or len(step.terms) > _MOST:
         return False
-    dtypes = (step.original.dtype, step.source.dtype, step.dtype)
-    return all(dtype.name in _TYPES for dtype in dtypes)
+    operands = step.operands
+    known = all(spec.dtype.name in _TYPES and noise is None for _, spec, noise in operands)
+    return known and len(operands) <= _MOST
 
 
 def suffices(plan: Plan) -> bool:
@@ -74,6 +80,31 @@ def measure(
         update, square, *_, differing = cells[0]
         rows.append((update, square, differing, *(along for _, _, along, *_ in cells)))
     return rows
+
+
+def mix(
+    step: Step, operands: Sequence[memoryview], out: memoryview, first: int = 0
+) -> list[tuple[float, ...]] | None:
+    """Fill ``out`` with θᵤ + s; return the moments of each cell as in ``arithmetic.mixed``.
+
+    ``None`` if one of them is not finite; as ``extrapolate``.
+    """
+    chance = (step.noise is not None, step.noise or 0, first)
+    types, result = _types(step), _TYPES[step.dtype.name]
+    found = fused.mix(tuple(operands), types, out, result, step.terms, CELL, *chance)
+    return found if all(math.isfinite(sum(moments)) for moments in found) else None
+
+
+def products(
+    step: Step, operands: Sequence[memoryview], vectors: Sequence[Vector]
+) -> list[tuple[float, ...]]:
+    """Return the inner products of each cell; see ``MixedCell.products``."""
+    wide = step.dtype.name == "F32"
+    return fused.products(tuple(operands), _types(step), wide, tuple(vectors), CELL)
+
+
+def _types(step: Step) -> bytes:
+    return b"".join(_TYPES[operand.spec.dtype.name] for operand in step.operands)
 
 
 def _run(

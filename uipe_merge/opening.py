@@ -13,18 +13,27 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from uipe_merge.arithmetic.terms import Term, Vector
 from uipe_merge.checkpoint.adapter import is_adapter, open_adapter
 from uipe_merge.checkpoint.hub import HubFolder, parse_id
 from uipe_merge.checkpoint.model import Checkpoint, open_checkpoint
+from uipe_merge.checkpoint.pair import CONFIG, match
 from uipe_merge.checkpoint.storage import LocalFolder
 from uipe_merge.checkpoint.urls import RemoteFolder, is_url, local
-from uipe_merge.errors import IncompatibleModelsError, UsageError
+from uipe_merge.errors import IncompatibleModelsError, UsageError, listed
+from uipe_merge.plan import Directions
+from uipe_merge.planning import Further
 from uipe_merge.reader import Pair
+from uipe_merge.steering import ORIGINAL_ITSELF
 
 if TYPE_CHECKING:
-    from uipe_merge.checkpoint.header import KnownHeaders
+    from collections.abc import Mapping
+
+    from uipe_merge.checkpoint.header import KnownHeaders, TensorSpec
     from uipe_merge.checkpoint.hub import HubId
+    from uipe_merge.checkpoint.pair import Pairing
     from uipe_merge.checkpoint.storage import Folder
+    from uipe_merge.steering import Steering, Update
 
 PathLike = str | os.PathLike[str]
 
@@ -113,6 +122,96 @@ def open_pair(
     first = _open(original, None, known, **allowed)
     second = _open(unlearned, first, known, **allowed)
     return Pair(first, second)
+
+
+def open_further(
+    steering: Steering,
+    folders: Mapping[str, list[Folder]],
+    pair: Pair,
+    named: tuple[list[Folder], list[Folder]],
+    *,
+    allow_pickle: bool = False,
+    dequantize: bool = False,
+) -> tuple[Pair, Directions]:
+    """Open the checkpoints of further updates, each once however often it is named.
+
+    An adapter that is named alone is applied to ORIGINAL.
+
+    Args:
+        steering: The updates.
+        folders: What ``open_folders`` gave for each of their checkpoints.
+        pair: The two checkpoints.
+        named: The folders of the two.
+        allow_pickle: As for ``open_pair``.
+        dequantize: As for ``open_pair``.
+
+    Returns:
+        The pair with the further ones, and the updates as differences of its sides.
+
+    Raises:
+        UipeMergeError: A checkpoint cannot be read, with its exit code.
+    """
+    base = _identity(named[0], ())
+    sides = {base: 0}
+    sides.setdefault(_identity(named[1], base), 1)
+    further: list[Checkpoint] = []
+    known: KnownHeaders = {}
+
+    def side(name: str) -> int:
+        key = _identity(folders[name], base)
+        if key not in sides:
+            allowed = {"allow_pickle": allow_pickle, "dequantize": dequantize}
+            further.append(_open(folders[name], pair.original, known, **allowed))
+            sides[key] = 1 + len(further)
+        return sides[key]
+
+    def vector(update: Update) -> Vector:
+        return Vector(side(update.new), side(update.old) if update.old else 0)
+
+    away = None
+    if steering.away_from is not None:
+        itself = steering.away_from == ORIGINAL_ITSELF
+        away = Vector(0, -1) if itself else vector(steering.away_from)
+    directions = Directions(
+        along=tuple(map(vector, steering.along)),
+        away=away,
+        add=tuple(Term(beta, *vector(update)) for update, beta in steering.add),
+    )
+    return pair._replace(further=tuple(further)), directions
+
+
+def hold_further(pair: Pair, pairing: Pairing, directions: Directions) -> Further:
+    """Hold every further checkpoint against the unlearned one.
+
+    Raises:
+        IncompatibleModelsError: One lacks a tensor that is extrapolated, or is another model;
+            names all that is wrong with it.
+    """
+    specs: dict[int, dict[str, TensorSpec]] = {}
+    warnings: list[str] = []
+    for number, checkpoint in enumerate(pair.further, 2):
+        found = match(checkpoint, pair.unlearned)
+        missing = pairing.pairs.keys() - found.pairs.keys()
+        if missing or any(line.startswith(CONFIG) for line in found.mismatches):
+            raise IncompatibleModelsError(
+                f"does not match {pair.unlearned.location}: {listed(found.mismatches)}",
+                file=checkpoint.location,
+                remedy="an update needs every tensor that is extrapolated, stored alike",
+            )
+        specs[number] = {name: found.pairs[name][0] for name in pairing.pairs}
+        warnings += [line for line in checkpoint.warnings if line not in warnings]
+    shards = tuple(checkpoint.shards for checkpoint in pair.further)
+    return Further(specs, shards, directions, warnings)
+
+
+def _identity(folders: list[Folder], base: tuple[str, ...]) -> tuple[str, ...]:
+    """Return what tells checkpoints apart, whatever they are called: their folders in a row."""
+    own = tuple(
+        os.path.realpath(folder.location) if isinstance(folder, LocalFolder) else folder.location
+        for folder in folders
+    )
+    alone = len(folders) == 1 and is_adapter(folders[0].names())
+    return (*base, *own) if alone else own
 
 
 def _open(

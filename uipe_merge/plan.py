@@ -19,6 +19,7 @@ from uipe_merge.checkpoint.index import encode_index
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from uipe_merge.arithmetic.terms import Term, Vector
     from uipe_merge.checkpoint.dtypes import DType
     from uipe_merge.checkpoint.header import Factor, TensorSpec
     from uipe_merge.checkpoint.model import ShardInput
@@ -50,6 +51,20 @@ _NETWORK_MEMORY = 100_000_000  # the libraries of an object store, and an upload
 _NAME_MEMORY = 1_500  # bytes a planned tensor holds, measured on 100 k tensors
 
 
+class Operand(NamedTuple):
+    """A tensor of one of the checkpoints that a step is made of.
+
+    Attributes:
+        side: Whose it is: 0 for the original, 1 for the unlearned checkpoint, further ones follow.
+        spec: The tensor.
+        noise: The key of the random numbers that are added to it; ``None`` for none.
+    """
+
+    side: int
+    spec: TensorSpec
+    noise: int | None = None
+
+
 class Step(NamedTuple):
     """What happens to one tensor.
 
@@ -64,6 +79,11 @@ class Step(NamedTuple):
         nbytes: Its length there.
         from_original: Whether ``source`` belongs to the original checkpoint.
         noise: The key of the noise that rounds it by chance; ``None`` rounds to nearest.
+        further: The operands after θ₀ and θᵤ.
+        terms: What is added to θᵤ; nothing stands for α·v.
+        group: Over what its inner products are taken; empty where there are none.
+        parameter: The tensor that it is tied to, else its own name: what is drawn by chance is
+            drawn for that.
     """
 
     name: str
@@ -76,6 +96,24 @@ class Step(NamedTuple):
     nbytes: int
     from_original: bool
     noise: int | None = None
+    further: tuple[Operand, ...] = ()
+    terms: tuple[Term, ...] = ()
+    group: str = ""
+    parameter: str = ""
+
+    @property
+    def operands(self) -> list[Operand]:
+        """θ₀, θᵤ and what follows, of a step that extrapolates."""
+        assert self.original is not None  # noqa: S101 - the plan gives it for this operation
+        side = 0 if self.from_original else 1
+        return [Operand(0, self.original), Operand(side, self.source), *self.further]
+
+    @property
+    def sides(self) -> list[Operand]:
+        """All that it reads."""
+        if self.original is not None:
+            return self.operands
+        return [Operand(0 if self.from_original else 1, self.source)]
 
     @property
     def elements(self) -> int:
@@ -85,11 +123,14 @@ class Step(NamedTuple):
     @property
     def changed(self) -> bool:
         """Whether a side is not what is stored: scales are multiplied in, or factors added."""
-        return not (self.source.plain and (self.original is None or self.original.plain))
+        plain = self.source.plain and (self.original is None or self.original.plain)
+        return not plain or any(not operand.spec.plain for operand in self.further)
 
     def ranges(self, size: int) -> Iterator[tuple[int, int]]:
         """Cut it into ``(first element, elements)`` of at most ``size``, each in one piece."""
         seams = {*self.source.seams(), *(self.original.seams() if self.original else ())}
+        for operand in self.further:
+            seams.update(operand.spec.seams())
         for begin, end in pairwise([*sorted(seams), self.elements]):
             for start in range(begin, max(end, begin + 1), size):
                 yield start, min(size, end - start)
@@ -97,7 +138,11 @@ class Step(NamedTuple):
     def at(self, start: int, count: int) -> Step:
         """Return the step of one of its ranges, with the piece of each side that it lies in."""
         original = self.original and self.original.part(start, count)
-        return self._replace(source=self.source.part(start, count), original=original)
+        step = self._replace(source=self.source.part(start, count), original=original)
+        if not self.further:
+            return step
+        parts = (each._replace(spec=each.spec.part(start, count)) for each in self.further)
+        return step._replace(further=tuple(parts))
 
 
 class Shard(NamedTuple):
@@ -136,6 +181,20 @@ class Block(NamedTuple):
     last: bool
 
 
+class Directions(NamedTuple):
+    """The updates that a step is made of or held against, as differences of sides.
+
+    Attributes:
+        along: The related updates.
+        away: The protected one, or θ₀ itself.
+        add: Further updates with their coefficients β.
+    """
+
+    along: tuple[Vector, ...] = ()
+    away: Vector | None = None
+    add: tuple[Term, ...] = ()
+
+
 class Plan(NamedTuple):
     """A whole merge.
 
@@ -145,6 +204,9 @@ class Plan(NamedTuple):
         original: The weight files of the original, with their fingerprints.
         unlearned: The weight files of the unlearned checkpoint.
         warnings: What the user should know before anything is written.
+        further: The weight files of every further checkpoint.
+        directions: What its steps are made of, if it is more than α·v. The steps' terms are
+            empty until inner products have been measured.
     """
 
     recipe: Recipe
@@ -152,6 +214,8 @@ class Plan(NamedTuple):
     original: list[ShardInput]
     unlearned: list[ShardInput]
     warnings: list[str]
+    further: tuple[list[ShardInput], ...] = ()
+    directions: Directions | None = None
 
     @property
     def steps(self) -> Iterator[Step]:
@@ -165,9 +229,9 @@ class Plan(NamedTuple):
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of tensors read from both inputs."""
-        sides = ((step.source, step.original) for step in self.steps)
-        return sum(spec.nbytes for pair in sides for spec in pair if spec and spec.home != ZERO)
+        """Bytes of tensors that the writing pass reads from all inputs."""
+        specs = (operand.spec for step in self.steps for operand in step.sides)
+        return sum(spec.nbytes for spec in specs if spec.home != ZERO)
 
     def alphas(self) -> dict[float, int]:
         """Return how many tensors get each α, whether or not it makes them a copy."""
@@ -193,7 +257,7 @@ class Plan(NamedTuple):
             remote: Whether a network is read from or written to.
         """
         steps = list(self.steps)
-        sides = [side for step in steps for side in (step.source, step.original) if side]
+        sides = [operand.spec for step in steps for operand in step.sides]
         pieces = [piece for side in sides if side.pieces for piece in side.pieces]
         dtypes = {each.dtype for each in (*sides, *pieces)} | {step.dtype for step in steps}
         widest = max((dtype.bits // 8 for dtype in dtypes), default=0)
@@ -201,8 +265,9 @@ class Plan(NamedTuple):
         # Per thread: two input blocks and one output block (over a network, two more of what just
         # came in), the cells of the arithmetic and of the norms of DoRA, and an adapter's factors
         # and scales with room for a wider type and a transposed copy.
-        blocks_held = 5 if remote else 3
-        cells = 13 if any(map(_has_norms, changed)) else 5
+        further = max((len(step.further) for step in steps), default=0)
+        blocks_held = (5 if remote else 3) + further
+        cells = (13 if any(map(_has_norms, changed)) else 5) + (further and 4 + 2 * further)
         beside = 4 * max(map(_beside_bytes, changed), default=0)
         worker = blocks_held * block * widest + cells * CELL * 8 + beside
         tensors = sum(len(shard.steps) for shard in self.shards)
@@ -214,7 +279,7 @@ class Plan(NamedTuple):
         digest = hashlib.sha256()
         document = {"recipe": self.recipe.canonical(), "numerics": NUMERICS}
         digest.update(json.dumps(document, sort_keys=True).encode())
-        for side in (self.original, self.unlearned):
+        for side in (self.original, self.unlearned, *self.further):
             digest.update(json.dumps(side).encode())
         for shard in self.shards:
             digest.update(f"\n{shard.name} {shard.size}\n".encode() + shard.header)
@@ -224,6 +289,9 @@ class Plan(NamedTuple):
                     f"{step.operation} {step.alpha.hex()} {step.from_original} "
                     f"{step.noise} {source[3:]} {original and original[3:]}\n".encode()
                 )
+                if step.further or step.terms:
+                    further = [(side, *spec[3:], key) for side, spec, key in step.further]
+                    digest.update(f"{step.group} {further} {step.terms}\n".encode())
         return digest.hexdigest()
 
     def index_json(self) -> bytes | None:
@@ -240,8 +308,8 @@ class Plan(NamedTuple):
 def _beside_bytes(step: Step) -> int:
     """Return the bytes of the factors and scales of one tensor, widened to float32."""
     counts = [part.elements for factor in _factors(step) for part in factor.tensors]
-    for side in (step.source, step.original):
-        if side is not None and side.scales is not None:
+    for _, side, _ in step.sides:
+        if side.scales is not None:
             # Scales are spread over the elements of a cell, in whole rows.
             counts += [side.scales.values.elements, CELL + 2 * max(side.shape[-1:], default=1)]
     return 4 * sum(counts)
@@ -252,8 +320,7 @@ def _has_norms(step: Step) -> bool:
 
 
 def _factors(step: Step) -> list[Factor]:
-    sides = (step.source, step.original)
-    return [factor for side in sides if side is not None for factor in side.factors]
+    return [factor for operand in step.sides for factor in operand.spec.factors]
 
 
 def shard_blocks(plan: Plan, shard: int, size: int = BLOCK) -> Iterator[Block]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from uipe_merge.checkpoint.dtypes import CONVERTIBLE, OUTPUT_DTYPES
-from uipe_merge.checkpoint.header import encode_header
+from uipe_merge.checkpoint.header import ZERO, encode_header
 from uipe_merge.checkpoint.model import SINGLE_NAME, Checkpoint
 from uipe_merge.checkpoint.pair import tied_names
 from uipe_merge.coefficients import resolve
 from uipe_merge.errors import RecipeError, UsageError
-from uipe_merge.plan import Operation, Plan, Shard, Step
+from uipe_merge.naming import place, stack
+from uipe_merge.plan import Directions, Operand, Operation, Plan, Shard, Step
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -19,16 +20,48 @@ if TYPE_CHECKING:
     from uipe_merge.checkpoint.decisions import Kept
     from uipe_merge.checkpoint.dtypes import DType
     from uipe_merge.checkpoint.header import TensorSpec
+    from uipe_merge.checkpoint.model import ShardInput
     from uipe_merge.checkpoint.pair import Pairing
     from uipe_merge.recipe import Recipe
+    from uipe_merge.steering import Granularity
 
 _BY_CHANCE = ("BF16", "F16")
 
 
+class Further(NamedTuple):
+    """The checkpoints beside the two, held against the unlearned one.
+
+    Attributes:
+        specs: Their tensors by the unlearned checkpoint's names, side by side from 2 on.
+        shards: Their weight files.
+        directions: The updates that they make.
+        warnings: What is odd about them.
+    """
+
+    specs: Mapping[int, Mapping[str, TensorSpec]]
+    shards: tuple[list[ShardInput], ...]
+    directions: Directions
+    warnings: list[str]
+
+
+NOTHING_FURTHER = Further({}, (), Directions(), [])
+
+
 def make_plan(
-    original: Checkpoint, unlearned: Checkpoint, pairing: Pairing, recipe: Recipe
+    original: Checkpoint,
+    unlearned: Checkpoint,
+    pairing: Pairing,
+    recipe: Recipe,
+    further: Further = NOTHING_FURTHER,
 ) -> Plan:
     """Resolve a recipe against two matched checkpoints.
+
+    Args:
+        original: θ₀.
+        unlearned: θᵤ.
+        pairing: What is done with every tensor of the two.
+        recipe: What was asked for.
+        further: The other checkpoints that it names.
 
     Raises:
         UsageError: A tensor alone is larger than the largest shard asked for.
@@ -36,11 +69,20 @@ def make_plan(
     """
     alphas = resolve(recipe, list(pairing.pairs))
     refuse_untying(unlearned, alphas)
+    head, embedding = tied_names(unlearned)
+    tied = {head: embedding}
     added = [name for name in pairing.kept if name not in unlearned.tensors]
     drafts = [
         _kept(name, pairing.kept[name], recipe)
         if name in pairing.kept
-        else draft(name, *pairing.pairs[name], recipe, alphas[name])
+        else draft(
+            name,
+            *pairing.pairs[name],
+            recipe,
+            alphas[name],
+            further=tuple(Operand(side, specs[name]) for side, specs in further.specs.items()),
+            parameter=tied.get(name, name),
+        )
         for name in [*unlearned.tensors, *added]
         if name in pairing.pairs or name in pairing.kept
     ]
@@ -50,8 +92,16 @@ def make_plan(
     layout |= dict.fromkeys(added, max(layout.values()))  # what only the original has comes last
     grouped = list(_layout(drafts, layout, recipe.max_shard_bytes))
     shards = [placed(name, group) for name, group in grouped]
-    warnings = [*original.warnings, *unlearned.warnings, *pairing.warnings]
-    return Plan(recipe, shards, original.shards, unlearned.shards, warnings)
+    warnings = [*original.warnings, *unlearned.warnings, *pairing.warnings, *further.warnings]
+    return Plan(
+        recipe,
+        shards,
+        original.shards,
+        unlearned.shards,
+        warnings,
+        further.shards,
+        further.directions if recipe.steering.active else None,
+    )
 
 
 def refuse_untying(unlearned: Checkpoint, alphas: Mapping[str, float]) -> None:
@@ -82,30 +132,66 @@ def _kept(name: str, kept: Kept, recipe: Recipe) -> Step:
 
 
 def draft(
-    name: str, original: TensorSpec, unlearned: TensorSpec, recipe: Recipe, alpha: float
+    name: str,
+    original: TensorSpec,
+    unlearned: TensorSpec,
+    recipe: Recipe,
+    alpha: float,
+    *,
+    further: tuple[Operand, ...] = (),
+    parameter: str = "",
 ) -> Step:
-    """Decide the operation of one tensor; its place in the output is not known yet."""
+    """Decide the operation of one tensor; its place in the output is not known yet.
+
+    ``parameter`` is the name of the tensor that it is tied to, if it is: what is drawn by chance
+    or taken over a group is then the same for both.
+    """
+    parameter = parameter or name
     dtype = unlearned.kept_dtype
     if recipe.dtype != "auto" and dtype.name in CONVERTIBLE:
         dtype = OUTPUT_DTYPES[recipe.dtype]
-    from_original = alpha == -1 and original.plain
+    steered = recipe.steering.active
+    from_original = alpha == -1 and original.plain and not steered
     source = original if from_original else unlearned
     other: TensorSpec | None = None
     operation: Operation
+    group = ""
     if not unlearned.dtype.computes:
         operation = "copy" if from_original else "keep"
-        other = None if from_original else original
+        other, further = None if from_original else original, ()
         dtype = source.dtype
-    elif (alpha == 0 or from_original) and source.plain:
-        operation = _carried(source, dtype)
+    elif ((alpha == 0 and not recipe.steering.add) or from_original) and source.plain:
+        operation, further = _carried(source, dtype), ()
     else:
         operation, other = "extrapolate", original
+        if steered and alpha != 0:
+            group = _group(parameter, recipe.steering.granularity)
+        if recipe.steering.control == "random":
+            further = (
+                *further,
+                _random(unlearned, noise_key(recipe.seed, f"control\0{parameter}")),
+            )
     nbytes = source.elements * dtype.bits // 8
     noise: int | None = None
-    amplified = operation == "extrapolate" and alpha not in (0, -1)
+    amplified = operation == "extrapolate" and (steered or alpha not in (0, -1))
     if recipe.rounding == "stochastic" and amplified and dtype.name in _BY_CHANCE:
-        noise = _noise_key(recipe.seed, name)
-    return Step(name, operation, alpha, source, other, dtype, 0, nbytes, from_original, noise)
+        noise = noise_key(recipe.seed, parameter)
+    step = Step(name, operation, alpha, source, other, dtype, 0, nbytes, from_original, noise)
+    return step._replace(further=further, group=group, parameter=parameter) if steered else step
+
+
+def _random(spec: TensorSpec, key: int) -> Operand:
+    """Return random numbers in the shape of a tensor."""
+    bare = spec._replace(file="", offset=0, home=ZERO, factors=(), pieces=(), scales=None)
+    return Operand(1, bare, key)
+
+
+def _group(name: str, granularity: Granularity) -> str:
+    """Return what a tensor's inner products are taken over; outside the layers it is alone."""
+    layer = place(name).layer
+    if granularity == "model":
+        return "model"
+    return name if granularity == "tensor" or layer is None else f"{stack(name)}{layer}"
 
 
 def _carried(spec: TensorSpec, dtype: DType) -> Operation:
@@ -113,7 +199,7 @@ def _carried(spec: TensorSpec, dtype: DType) -> Operation:
     return "copy" if stored == {dtype} else "cast"
 
 
-def _noise_key(seed: int, name: str) -> int:
+def noise_key(seed: int, name: str) -> int:
     """Return the 64-bit key of one tensor's noise; see ``arithmetic.noise``."""
     digest = hashlib.sha256(f"{seed}\0{name}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "little")
@@ -168,6 +254,6 @@ def placed(name: str, drafts: list[Step]) -> Shard:
     steps: list[Step] = []
     position = len(header)
     for step in drafts:
-        steps.append(Step(*step[:6], position, *step[7:]))
+        steps.append(Step._make((*step[:6], position, *step[7:])))
         position += step.nbytes
     return Shard(name, header, steps, position)

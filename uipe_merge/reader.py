@@ -15,42 +15,69 @@ if TYPE_CHECKING:
     from uipe_merge.checkpoint.header import TensorSpec
     from uipe_merge.checkpoint.model import Checkpoint
     from uipe_merge.checkpoint.storage import InputFile, Stamp
-    from uipe_merge.plan import Plan
+    from uipe_merge.plan import Plan, Step
 
 
 class Pair(NamedTuple):
-    """The two checkpoints a plan reads."""
+    """The checkpoints a plan reads: the two, and those of further updates."""
 
     original: Checkpoint
     unlearned: Checkpoint
+    further: tuple[Checkpoint, ...] = ()
+
+    @property
+    def sides(self) -> tuple[Checkpoint, ...]:
+        """All of them, in the order in which a plan counts them."""
+        return (self.original, self.unlearned, *self.further)
 
 
 class BlockReader:
-    """Reads blocks of tensors into two reused buffers."""
+    """Reads blocks of tensors into reused buffers, one for each operand."""
 
-    def __init__(self, pair: Pair, element_bytes: int, block: int) -> None:
+    def __init__(self, pair: Pair, element_bytes: int, block: int, operands: int = 2) -> None:
         """Allocate for blocks of ``block`` elements of at most ``element_bytes``."""
-        self._pair = pair
-        self._stamps = [_stamps(checkpoint) for checkpoint in pair]
-        self._files: list[tuple[tuple[str, str], InputFile] | None] = [None, None]
-        self._buffers = [allocate(block * element_bytes) for _ in pair]
+        self._sides = pair.sides
+        self._stamps = [_stamps(checkpoint) for checkpoint in self._sides]
+        self._files: list[tuple[tuple[str, str], InputFile] | None] = [None] * len(self._sides)
+        self._buffers = [allocate(block * element_bytes) for _ in range(operands)]
         self._block = block
 
     def read(
-        self, spec: TensorSpec, side: int, start: int, count: int, offset: int = 0
+        self,
+        spec: TensorSpec,
+        side: int,
+        start: int,
+        count: int,
+        offset: int = 0,
+        buffer: int | None = None,
     ) -> memoryview:
-        """Return ``count`` elements from ``start`` as bytes, valid until the next read.
+        """Return ``count`` elements from ``start`` as bytes, valid until the buffer's next read.
 
-        ``side`` is 0 for the original, 1 for the unlearned checkpoint; each has a buffer.
-        ``offset`` is where the bytes would go in a file; see ``aligned``.
+        ``side`` is 0 for the original, 1 for the unlearned checkpoint, whose buffers are those of
+        the same numbers; another is named by ``buffer``. ``offset`` is where the bytes would go
+        in a file; see ``aligned``.
         """
         size = spec.dtype.bits // 8
-        view = placed(self._buffers[side], count * size, offset)
+        view = placed(self._buffers[side if buffer is None else buffer], count * size, offset)
         if spec.home == ZERO:
             view[:] = bytes(len(view))
         elif count:
             self._open(spec, side).read_into(view, spec.offset + start * size)
         return view
+
+    def operands(self, step: Step, count: int, offset: int = 0) -> list[memoryview]:
+        """Read a block of all operands; bytes that two of them share are read once."""
+        views: list[memoryview] = []
+        seen: dict[tuple[str, str, int], memoryview] = {}
+        for number, (side, spec, _) in enumerate(step.operands):
+            at, home = owner(spec, side)
+            # A tensor that is in no file is of this operand alone, for the size of its elements.
+            where = str(number) if home == ZERO else self._sides[at].folders[home].location
+            key = (where, spec.file, spec.offset)
+            if key not in seen:
+                seen[key] = self.read(spec, side, 0, count, offset, number)
+            views.append(seen[key])
+        return views
 
     def whole(self, spec: TensorSpec, side: int) -> bytearray:
         """Return all bytes of a small tensor in a buffer of their own."""
@@ -65,7 +92,8 @@ class BlockReader:
         for piece in spec.pieces or (spec,):
             for start in range(0, piece.elements, self._block):
                 count = min(self._block, piece.elements - start)
-                yield first + start, piece.dtype, self.read(piece, side, start, count)
+                data = self.read(piece, side, start, count, buffer=0)
+                yield first + start, piece.dtype, data
             first += piece.elements
 
     def close(self) -> None:
@@ -73,7 +101,7 @@ class BlockReader:
         for held in self._files:
             if held is not None:
                 held[1].close()
-        self._files = [None, None]
+        self._files = [None] * len(self._sides)
 
     def _open(self, spec: TensorSpec, side: int) -> InputFile:
         # One file a side is held: with hundreds of shards, descriptors stay few.
@@ -84,7 +112,7 @@ class BlockReader:
         if held is not None:
             self._files[side] = None
             held[1].close()
-        file = self._pair[side].folders[home].open_file(spec.file)
+        file = self._sides[side].folders[home].open_file(spec.file)
         self._files[side] = (key, file)
         check_stamp(file, self._stamps[side][key])
         return file
@@ -107,11 +135,11 @@ def check_stamp(file: InputFile, planned: Stamp) -> None:
 def shown(pair: Pair, spec: TensorSpec, side: int) -> str:
     """Return the file of a tensor as messages name it."""
     side, home = owner(spec, side)
-    return f"{pair[side].folders[home].location}/{spec.file}"
+    return f"{pair.sides[side].folders[home].location}/{spec.file}"
 
 
 def owner(spec: TensorSpec, side: int) -> tuple[int, str]:
-    """Return the checkpoint that holds a tensor of ``side``, 0 or 1, and the folder in it."""
+    """Return the checkpoint that holds a tensor of ``side``, and the folder in it."""
     return (
         (1 - side, spec.home.removeprefix(OTHER))
         if spec.home.startswith(OTHER)
@@ -121,7 +149,7 @@ def owner(spec: TensorSpec, side: int) -> tuple[int, str]:
 
 def widest_input(plan: Plan) -> int:
     """Return the bytes of the widest element that a plan reads."""
-    read = [spec for step in plan.steps for spec in (step.source, step.original) if spec]
+    read = [operand.spec for step in plan.steps for operand in step.sides]
     plain = [piece for spec in read for piece in spec.pieces or (spec,)]
     return max((spec.dtype.bits // 8 for spec in plain), default=1)
 

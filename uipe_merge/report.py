@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from operator import mul
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -18,13 +17,16 @@ TOLERANCE = 0.05
 
 
 class Sums(NamedTuple):
-    """Additive sums over a group of tensors; see ``arithmetic.blocks.Moments``."""
+    """Additive sums over a group of tensors; see ``arithmetic.mixed.MixedMoments``."""
 
     update: float = 0.0
     unlearned: float = 0.0
     along: float = 0.0
     error: float = 0.0
     changed: float = 0.0
+    step: float = 0.0
+    asked: float = 0.0
+    realised: float = 0.0
 
     @property
     def norm(self) -> float | None:
@@ -41,9 +43,25 @@ class Sums(NamedTuple):
         """⟨θ_out − θᵤ, v⟩/‖v‖²; ``None`` where v is zero."""
         return quotient(self.along, self.update)
 
-    def rounding_error(self, alpha: float) -> float | None:
-        """‖θ_out − θᵤ − α·v‖/‖α·v‖; ``None`` where the step is zero."""
-        return root(quotient(self.error, alpha * alpha * self.update))
+    @property
+    def asked_alpha(self) -> float | None:
+        """⟨s, v⟩/‖v‖² of the step s that was asked for; ``None`` where v is zero."""
+        return quotient(self.asked, self.update)
+
+    @property
+    def rounding_error(self) -> float | None:
+        """‖θ_out − θᵤ − s‖/‖s‖; ``None`` where the step is zero."""
+        return root(quotient(self.error, self.step))
+
+    @property
+    def kept(self) -> float | None:
+        """⟨θ_out − θᵤ, s⟩/‖s‖², what rounding left of the step; ``None`` where that is zero."""
+        return quotient(self.realised, self.step)
+
+    def of_plain(self, alpha: float) -> Sums:
+        """Return them with what follows from the others where s = α·v."""
+        step, asked = alpha * alpha * self.update, alpha * self.update
+        return self._replace(step=step, asked=asked, realised=alpha * self.along)
 
 
 def root(square: float | None) -> float | None:
@@ -84,7 +102,7 @@ class Summary:
         total: Sums over the extrapolated tensors; ``None`` where there are none.
         elements: Elements of the extrapolated tensors; complex ones count twice.
         spread: The smallest and the largest α of all tensors, where they differ.
-        step: ‖s‖² of the step s that was asked for; by default ‖α·v‖².
+        steered: Whether the step is anything else than α·v.
         kept: Tensors copied or cast at another α than 0 and −1: kept from one side by decision,
             or the A factors of an adapter that is written as one.
     """
@@ -95,7 +113,7 @@ class Summary:
     total: Sums | None
     elements: int
     spread: tuple[float, float] | None = None
-    step: float | None = None
+    steered: bool = False
     kept: int = 0
 
     @property
@@ -103,14 +121,13 @@ class Summary:
         """What was asked for, in words: α, or the values that it has."""
         if self.spread is None:
             return f"{self.alpha:.4g}"
-        return f"{self.spread[0]:g} to {self.spread[1]:g}, {self.alpha:.4g} on average"
+        values = f"{self.spread[0]:g} to {self.spread[1]:g}"
+        return values if self.steered else f"{values}, {self.alpha:.4g} on average"
 
     @property
     def rounding_error(self) -> float | None:
         """‖θ_out − θᵤ − s‖/‖s‖; ``None`` where the step is zero or nothing was extrapolated."""
-        if self.total is None or self.step is None:
-            return self.total and self.total.rounding_error(self.alpha)
-        return root(quotient(self.total.error, self.step))
+        return None if self.total is None else self.total.rounding_error
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the lines of the closing table."""
@@ -121,14 +138,21 @@ class Summary:
             ("tensors copied", f"{carried:,}"),
         ]
         if self.total is not None:
-            alpha, error = self.total.effective_alpha, self.rounding_error
+            total, error = self.total, self.rounding_error
+            step = "s" if self.steered else "αv"
+            rows.append(("‖v‖/‖θᵤ‖", "–" if total.ratio is None else f"{total.ratio:.3e}"))
+            if self.steered:
+                asked, kept = _shown(total.asked_alpha), _shown(total.kept, ".2%")
+                rows += [
+                    ("α of the direction", self.asked),
+                    ("⟨s, v⟩/‖v‖² asked / effective", f"{asked} / {_shown(total.effective_alpha)}"),
+                    ("step kept by rounding", kept),
+                ]
+            else:
+                effective = _shown(total.effective_alpha)
+                rows.append(("α asked / effective", f"{self.asked} / {effective}"))
             rows += [
-                ("‖v‖/‖θᵤ‖", "–" if self.total.ratio is None else f"{self.total.ratio:.3e}"),
-                (
-                    "α asked / effective",
-                    f"{self.asked} / " + ("–" if alpha is None else f"{alpha:.4g}"),
-                ),
-                ("rounding error ‖θ−θᵤ−αv‖/‖αv‖", "–" if error is None else f"{error:.3g}"),
+                (f"rounding error ‖θ−θᵤ−{step}‖/‖{step}‖", _shown(error, ".3g")),
                 ("elements changed", f"{self.total.changed / max(self.elements, 1):.2%}"),
             ]
         return rows
@@ -144,18 +168,19 @@ class Summary:
                     "output equals both; check that the right directories were named"
                 )
             ]
+        share = self.total.kept
+        if share is None or abs(share - 1) <= TOLERANCE:
+            return []
         effective = self.total.effective_alpha
-        if effective is None or not self.alpha:
-            return []
-        if abs(effective - self.alpha) <= TOLERANCE * abs(self.alpha):
-            return []
+        what = f"{share:.1%} of the step"
+        if not self.steered and effective is not None:
+            what = f"an effective α of {effective:.4g} where {self.alpha:.4g} was asked for"
         lost = 1 - self.total.changed / self.elements
         return [
             (
-                f"rounding to the output dtype leaves an effective α of {effective:.4g} where "
-                f"{self.alpha:.4g} was asked for ({lost:.0%} of the elements did not change); write "
-                "with --dtype float32 to keep the whole step, or with --rounding stochastic to keep "
-                "it on average"
+                f"rounding to the output dtype leaves {what} ({lost:.0%} of the elements did not "
+                "change); write with --dtype float32 to keep the whole step, or with --rounding "
+                "stochastic to keep it on average"
             )
         ]
 
@@ -170,6 +195,7 @@ class Summary:
             "norm": total and total.norm,
             "ratio": total and total.ratio,
             "effective_alpha": total and total.effective_alpha,
+            "share_kept": total and total.kept,
             "rounding_error": self.rounding_error,
             "share_changed": total and total.changed / max(self.elements, 1),
         }
@@ -187,6 +213,7 @@ class MergeReport:
         written: Bytes of the weight files.
         seconds: Wall time.
         resumed: Shards that an interrupted run had finished already.
+        groups: What was measured to make the steps, and what came of it, as in the manifest.
     """
 
     output: Path | str
@@ -196,15 +223,23 @@ class MergeReport:
     written: int
     seconds: float
     resumed: int = 0
+    groups: dict[str, dict[str, object]] = field(default_factory=dict)
 
 
-def summarise(steps: Iterable[Step], sums: Mapping[str, Sums | None], fallback: float) -> Summary:
+def summarise(
+    steps: Iterable[Step],
+    sums: Mapping[str, Sums | None],
+    fallback: float,
+    *,
+    steered: bool = False,
+) -> Summary:
     """Reduce the sums of every tensor to those of the model.
 
     Args:
         steps: The plan.
         sums: The sums by tensor.
         fallback: The recipe's own α, where nothing was extrapolated.
+        steered: Whether the recipe asks for anything else than α·v.
     """
     counts: dict[Operation, tuple[int, int]] = {}
     moved: list[Sums] = []
@@ -227,14 +262,13 @@ def summarise(steps: Iterable[Step], sums: Mapping[str, Sums | None], fallback: 
     everything = {*alphas, *copied} or {fallback}
     spread = None if len(everything) == 1 else (min(everything), max(everything))
     total = add(moved) if moved else None
-    if spread is None:
-        [alpha] = everything
-        return Summary(alpha, counts, unchanged, total, elements, kept=kept)
-    updates = [values.update for values in moved]
-    mean = quotient(exact_sum(map(mul, alphas, updates)), exact_sum(updates))
-    squares = (alpha * alpha * update for alpha, update in zip(alphas, updates, strict=True))
-    mean = fallback if mean is None else mean
-    return Summary(mean, counts, unchanged, total, elements, spread, exact_sum(squares), kept)
+    mean = next(iter(everything)) if spread is None else total and total.asked_alpha
+    alpha = fallback if mean is None else mean
+    return Summary(alpha, counts, unchanged, total, elements, spread, steered, kept)
+
+
+def _shown(value: float | None, form: str = ".4g") -> str:
+    return "–" if value is None else format(value, form)
 
 
 def tensor_record(step: Step, values: Sums | None) -> dict[str, object]:
@@ -245,9 +279,11 @@ def tensor_record(step: Step, values: Sums | None) -> dict[str, object]:
             "norm": values.norm,
             "ratio": values.ratio,
             "effective_alpha": values.effective_alpha,
-            "rounding_error": values.rounding_error(step.alpha),
+            "rounding_error": values.rounding_error,
             "share_changed": values.changed / max(step.elements * step.dtype.lanes, 1),
         }
+        if step.terms:
+            record |= {"asked_alpha": values.asked_alpha, "share_kept": values.kept}
     elif step.operation in ("copy", "cast"):
         record["source"] = "original" if step.from_original else "unlearned"
     elif step.operation == "keep" and values is not None:

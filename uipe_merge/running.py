@@ -11,6 +11,7 @@ from uipe_merge.finishing import results, write_rest
 from uipe_merge.job import Job, identity, require_room
 from uipe_merge.output.lock import hold, tidy
 from uipe_merge.report import MergeReport
+from uipe_merge.settling import settle
 
 if TYPE_CHECKING:
     from uipe_merge.executors import Executor
@@ -50,6 +51,7 @@ def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress
         if staging.was_published(own):
             records = staging.journal.shards()
             resumed = len(records)
+            settled = settle(job, staging.measured, filesystem, executor, progress)
             staging.settle()
         else:
             staging.restore()
@@ -57,14 +59,16 @@ def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress
             staging.begin(own, overwrite=job.overwrite)
             resumed = len(staging.done)
             try:
+                settled = settle(job, staging.measured, filesystem, executor, progress)
                 records = write_shards(
-                    job.plan,
-                    job.pair,
+                    settled.plan,
+                    settled.pair,
                     staging,
                     filesystem,
                     executor,
                     progress,
                     block=job.block,
+                    device=job.device,
                 )
                 require_unchanged(job.pair)
             except (NumericError, CorruptInputError):
@@ -72,9 +76,9 @@ def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress
                 raise
             finally:
                 progress.close()
-            write_rest(job, staging, filesystem, records)
+            write_rest(job, settled, staging, filesystem, records)
             staging.publish(overwrite=job.overwrite)
-    summary, tensors = results(job.plan, records)
+    summary, tensors, groups = results(settled, records)
     return MergeReport(
         output=job.output if job.folder is None else job.folder.location,
         summary=summary,
@@ -83,6 +87,7 @@ def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress
         written=job.plan.write_bytes,
         seconds=time.monotonic() - began,
         resumed=resumed,
+        groups=groups,
     )
 
 

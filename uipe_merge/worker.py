@@ -47,6 +47,7 @@ class MergeWorker:
         writer: Callable[[int], ShardWriter],
         growths: Growths,
         block: int = BLOCK,
+        device: str = "cpu",
     ) -> None:
         """Allocate the buffers of one thread.
 
@@ -56,15 +57,18 @@ class MergeWorker:
             writer: Gives the writer of a shard, by its index in the plan.
             growths: What the threads share of DoRA adapters.
             block: Elements of a block at most.
+            device: Where torch computes what is not compiled.
         """
         self._plan = plan
         self._writer = writer
-        self._reader = BlockReader(pair, widest_input(plan), block)
+        operands = 2 + max((len(step.further) for step in plan.steps), default=0)
+        self._reader = BlockReader(pair, widest_input(plan), block, operands)
         self._guard = Guard(plan, pair)
         width = max((step.dtype.bits // 8 for step in plan.steps), default=1)
         self._out = allocate(block * width)
         self._pair = pair
         self._growths = growths
+        self._device = device
         self._lazy: tuple[Kernels, Deltas] | None = None
 
     def __call__(self, block: Block) -> BlockResult:
@@ -92,6 +96,8 @@ class MergeWorker:
         side = 0 if step.from_original else 1
         # What is only copied goes to the disk from where it is read to.
         place = step.offset + block.start * (step.dtype.bits // 8)
+        if step.terms:
+            return self._mix(whole, step, block)
         source = self._reader.read(step.source, side, 0, block.elements, place)
         if step.operation == "extrapolate":
             return self._extrapolate(whole, step, block, source)
@@ -128,6 +134,24 @@ class MergeWorker:
             sums.append(tuple(moments))
         return out, sums
 
+    def _mix(
+        self, whole: Step, step: Step, block: Block
+    ) -> tuple[memoryview, list[tuple[float, ...]]]:
+        operands = self._reader.operands(step, block.elements)
+        out = self._out_view(step, block)
+        if native.covers(step):
+            found = native.mix(step, operands, out, block.start)
+            if found is not None:
+                return out, found
+        sums: list[tuple[float, ...]] = []
+        kernels, deltas = self._arithmetic()
+        cells = deltas.at(whole, block.start)
+        for moments, finite in kernels.mix(step, operands, out, cells, block.start):
+            if not finite:
+                self._guard.explain(whole, kernels)
+            sums.append(tuple(moments))
+        return out, sums
+
     def _out_view(self, step: Step, block: Block) -> memoryview:
         size = step.dtype.bits // 8
         return placed(self._out, block.elements * size, step.offset + block.start * size)
@@ -140,5 +164,5 @@ class MergeWorker:
             from uipe_merge.deltas import Deltas
             from uipe_merge.kernels import Kernels
 
-            self._lazy = Kernels(), Deltas(self._pair, self._growths)
+            self._lazy = Kernels(self._device), Deltas(self._pair, self._growths)
         return self._lazy

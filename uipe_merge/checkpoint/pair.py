@@ -33,7 +33,8 @@ _SAME_ARCHITECTURE = (
 )
 
 
-_CONFIG = "config.json"
+CONFIG = "config.json"
+"""What a mismatch of the architecture begins with."""
 
 
 class Pairing(NamedTuple):
@@ -64,7 +65,7 @@ class Pairing(NamedTuple):
         """
         if not self.mismatches:
             return
-        fixed = any(line.startswith(_CONFIG) for line in self.mismatches)
+        fixed = any(line.startswith(CONFIG) for line in self.mismatches)
         undecided = self.decision == "error" and not fixed
         raise IncompatibleModelsError(
             f"does not match {original.location}: {listed(self.mismatches)}",
@@ -213,7 +214,7 @@ def _config_mismatches(one: Mapping[str, object], two: Mapping[str, object]) -> 
     """Name the fields of the architecture that both configs have and that differ."""
     first, second = _architecture(one), _architecture(two)
     return [
-        f"{_CONFIG}: {field} is {first[field]!r} and {second[field]!r}"
+        f"{CONFIG}: {field} is {first[field]!r} and {second[field]!r}"
         for field in _SAME_ARCHITECTURE
         if field in first and field in second and first[field] != second[field]
     ]

@@ -11,7 +11,7 @@ from uipe_merge.cli.console import Output, number
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from uipe_merge.inspection import Group, Inspection
+    from uipe_merge.inspected import Group, Inspection
 
 
 def inspect(
@@ -37,6 +37,16 @@ def inspect(
     dtype: Annotated[
         str, typer.Option(help="Output dtype to try the rounding at, as for merge.")
     ] = "auto",
+    along: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="UPDATE", help="A related update, NEW or NEW@@OLD: show its cosine with v."
+        ),
+    ] = None,
+    away_from: Annotated[
+        str | None,
+        typer.Option(metavar="UPDATE|original", help="A protected update, likewise."),
+    ] = None,
     allow_pickle: Annotated[
         bool,
         typer.Option("--allow-pickle", help="Read pytorch_model*.bin; nothing in it is run."),
@@ -58,6 +68,7 @@ def inspect(
 ) -> None:
     """Measure the update of every layer and module in one streaming pass."""
     from uipe_merge import api, plots
+    from uipe_merge.steering import parse_protected, parse_update
 
     if plot is not None:
         plots.check(plot)
@@ -67,6 +78,8 @@ def inspect(
         unlearned,
         alphas=tuple(alphas) if alphas else None,
         dtype=dtype,
+        along=tuple(map(parse_update, along or ())),
+        away_from=None if away_from is None else parse_protected(away_from),
         allow_pickle=allow_pickle,
         dequantize=dequantize,
         threads=threads,
@@ -83,7 +96,8 @@ def inspect(
 
 def _show(out: Output, found: Inspection) -> None:
     tried = [f"α={alpha:g}" for alpha in found.alphas]
-    columns = ["tensors", "‖v‖", "‖v‖/‖θᵤ‖", "changed", *tried]
+    held = [f"cos {place}" for place in range(1, 1 + len(found.updates))]
+    columns = ["tensors", "‖v‖", "‖v‖/‖θᵤ‖", "changed", *tried, *held]
     groups: list[tuple[str, Iterable[tuple[str, Group]]]] = [
         ("layer", [("–" if n is None else str(n), g) for n, g in found.layers.items()]),
         ("module", found.kinds.items()),
@@ -96,6 +110,8 @@ def _show(out: Output, found: Inspection) -> None:
     out.table(["", *columns], [_row("model", found.total)])
     out.line("")
     out.line("α=…: the effective α that this α would come out as at the output dtype")
+    for place, update in enumerate(found.updates, 1):
+        out.line(f"cos {place}: the cosine of v with the update {update}")
     if found.zero:
         shown = ", ".join(found.zero if out.verbose else found.zero[:5])
         more = len(found.zero) - 5
@@ -116,4 +132,5 @@ def _row(name: str, group: Group) -> tuple[str, ...]:
         number(group.ratio),
         f"{group.share_changed:.2%}",
         *(number(alpha) for alpha in group.effective_alphas),
+        *(number(cosine) for cosine in group.cosines),
     )

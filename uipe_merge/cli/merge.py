@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from uipe_merge import native
 from uipe_merge.checkpoint.decisions import Decision
-from uipe_merge.cli.console import Output, number, size
+from uipe_merge.cli.console import Output
+from uipe_merge.cli.merge_shown import show_plan, show_report
 from uipe_merge.recipe import Form, Rounding
-
-if TYPE_CHECKING:
-    from uipe_merge.job import Job
-    from uipe_merge.report import MergeReport
-
-
-_LISTED_ALPHAS = 5
+from uipe_merge.steering import GRANULARITY, MAX_ALPHA, MIN_COS, Control, Granularity
 
 
 def merge(
@@ -78,7 +72,51 @@ def merge(
     rounding: Annotated[
         Rounding, typer.Option(help="stochastic keeps small steps in 16 bits, on average.")
     ] = "nearest",
-    seed: Annotated[int, typer.Option(help="Of stochastic rounding.")] = 0,
+    along: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="UPDATE",
+            help="A related update, NEW or NEW@@OLD: α is multiplied by its projection on v.",
+        ),
+    ] = None,
+    min_cos: Annotated[
+        float, typer.Option(help="Related updates of a smaller cosine with v count nothing.")
+    ] = MIN_COS,
+    max_alpha: Annotated[
+        float, typer.Option(help="The most that related updates multiply α by.")
+    ] = MAX_ALPHA,
+    away_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="UPDATE|original", help="A protected update that the step must not undo."
+        ),
+    ] = None,
+    always: Annotated[
+        bool, typer.Option("--always", help="Keep off it even where the step does not undo it.")
+    ] = False,
+    rank: Annotated[
+        int | None, typer.Option(help="Amplify only so many singular directions of each matrix.")
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="As many as hold this share of a matrix's ‖v‖².")
+    ] = None,
+    rank_all: Annotated[bool, typer.Option("--rank-all", help="Embeddings and head too.")] = False,
+    control: Annotated[
+        Control, typer.Option(help="random takes a random step of the same norm instead.")
+    ] = "none",
+    granularity: Annotated[
+        Granularity, typer.Option(help="Over what inner products are taken.")
+    ] = GRANULARITY,
+    add: Annotated[
+        list[str] | None,
+        typer.Option(metavar="UPDATE=BETA", help="A further update times β; repeatable."),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Of stochastic rounding, of --control, --rank and --energy.")
+    ] = 0,
+    device: Annotated[
+        str, typer.Option(help="cuda for singular vectors, and for what is not compiled.")
+    ] = "cpu",
     threads: Annotated[
         int | None, typer.Option(min=1, max=256, help="Threads. [default: two a core, at most 8]")
     ] = None,
@@ -106,6 +144,8 @@ def merge(
     from uipe_merge.output.filesystem import LocalFileSystem
     from uipe_merge.recipe import parse_gradient, parse_layers, parse_rule
     from uipe_merge.recipe_file import write_recipe
+    from uipe_merge.settling import preview
+    from uipe_merge.steering import Steering, parse_added, parse_protected, parse_update
 
     out = Output(quiet=quiet, verbose=verbose, as_json=as_json)
     asked = api.make_recipe(
@@ -119,6 +159,19 @@ def merge(
         as_=form,
         rounding=rounding,
         seed=seed,
+        steering=Steering(
+            along=tuple(map(parse_update, along or ())),
+            min_cos=min_cos,
+            max_alpha=max_alpha,
+            away_from=None if away_from is None else parse_protected(away_from),
+            always=always,
+            rank=rank,
+            energy=energy,
+            rank_all=rank_all,
+            control=control,
+            granularity=granularity,
+            add=tuple(map(parse_added, add or ())),
+        ),
         recipe=recipe,
     )
     if print_recipe:
@@ -133,129 +186,13 @@ def merge(
         overwrite=overwrite,
         allow_pickle=allow_pickle,
         dequantize=dequantize,
+        device=device,
     )
     executor = make_executor(threads, remote=prepared.remote)
     if dry_run:
-        _show_plan(out, prepared, executor.width)
         job.require_startable(prepared)
+        groups = [] if prepared.download_bytes else preview(prepared, executor, out.progress())
+        show_plan(out, prepared, executor.width, groups)
         return
     report = running.run(prepared, executor, LocalFileSystem(), out.progress())
-    _show_report(out, report)
-
-
-def _show_plan(out: Output, job: Job, threads: int) -> None:
-    plan = job.plan
-    operations = plan.operations()
-    peak = plan.peak_memory(
-        threads, torch=not native.suffices(plan), block=job.block, remote=job.remote
-    )
-    if out.as_json:
-        out.data(
-            {
-                "operations": {
-                    name: {"tensors": count, "bytes": nbytes}
-                    for name, (count, nbytes) in operations.items()
-                },
-                "alphas": [
-                    {"alpha": alpha, "tensors": count} for alpha, count in plan.alphas().items()
-                ],
-                "shards": len(plan.shards),
-                "read_bytes": plan.read_bytes,
-                "write_bytes": plan.write_bytes,
-                "download_bytes": job.download_bytes,
-                "sidecars": [sidecar.name for sidecar in job.sidecars],
-                "free_bytes": job.space.free,
-                "peak_memory_bytes": peak,
-                "threads": threads,
-                "compiled": native.COMPILED,
-                "warnings": plan.warnings,
-            }
-        )
-        return
-    out.table(
-        ["operation", "tensors", "bytes"],
-        [(name, f"{count:,}", size(nbytes)) for name, (count, nbytes) in operations.items()],
-    )
-    out.line("")
-    free = "unknown" if job.space.free is None else size(job.space.free)
-    where = job.output if job.folder is None else job.named
-    rows = [
-        ("α", _alphas(plan.alphas())),
-        ("output", f"{where} ({len(plan.shards)} shards, {len(job.sidecars)} other files)"),
-        ("read", size(plan.read_bytes)),
-        ("write", size(plan.write_bytes)),
-        *([("download first", size(job.download_bytes))] if job.download_bytes else []),
-        ("free disk", free),
-        ("peak memory", f"{size(peak)} with {threads} threads"),
-        ("arithmetic", "compiled" if native.COMPILED else "torch; slower, the same bytes"),
-    ]
-    out.fields(rows)
-    if out.verbose:
-        out.line("")
-        out.table(
-            ["tensor", "operation", "α", "dtype", "bytes"],
-            [
-                (
-                    step.name,
-                    step.operation,
-                    number(step.alpha, "g"),
-                    step.dtype.name,
-                    size(step.nbytes),
-                )
-                for step in plan.steps
-            ],
-        )
-    out.warn(plan.warnings)
-
-
-def _alphas(counts: dict[float, int]) -> str:
-    """Say which α how many tensors get: all values, or their range."""
-    if len(counts) == 1:
-        return number(next(iter(counts)), "g")
-    if len(counts) > _LISTED_ALPHAS:
-        return f"{min(counts):g} to {max(counts):g}, {len(counts)} values; -v lists them"
-    return ", ".join(f"{alpha:g} for {count:,}" for alpha, count in sorted(counts.items()))
-
-
-def _show_report(out: Output, report: MergeReport) -> None:
-    if out.as_json:
-        out.data(
-            {
-                "output": str(report.output),
-                "summary": report.summary.as_dict(),
-                "written_bytes": report.written,
-                "seconds": report.seconds,
-                "resumed_shards": report.resumed,
-                "warnings": report.warnings,
-                **({"tensors": report.tensors} if out.verbose else {}),
-            }
-        )
-        return
-    if not out.quiet:
-        if out.verbose:
-            out.table(
-                ["tensor", "operation", "‖v‖", "‖v‖/‖θᵤ‖", "effective α", "changed"],
-                [_tensor_row(name, record) for name, record in report.tensors.items()],
-            )
-            out.line("")
-        rows = [("output", str(report.output)), *report.summary.rows()]
-        rows.append(("written", f"{size(report.written)} in {report.seconds:.1f} s"))
-        if report.resumed:
-            rows.append(("shards kept from an interrupted run", f"{report.resumed:,}"))
-        out.fields(rows)
-    out.warn(report.warnings)
-
-
-def _tensor_row(name: str, record: dict[str, object]) -> tuple[str, ...]:
-    def shown(field: str, form: str = ".3g") -> str:
-        value = record.get(field)
-        return number(value if isinstance(value, float) else None, form)
-
-    return (
-        name,
-        str(record["operation"]),
-        shown("norm"),
-        shown("ratio"),
-        shown("effective_alpha", ".4g"),
-        shown("share_changed", ".2%"),
-    )
+    show_report(out, report)

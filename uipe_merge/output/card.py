@@ -12,6 +12,7 @@ from uipe_merge.errors import OutputError, UipeMergeError
 
 if TYPE_CHECKING:
     from uipe_merge.checkpoint.model import Checkpoint
+    from uipe_merge.recipe import Recipe
     from uipe_merge.report import Summary
 
 CARD_NAME = "README.md"
@@ -24,6 +25,9 @@ _LARGEST_CARD = 2_000_000
 _MODEL_TEXT = """\
 θᵤ + α·(θᵤ − θ₀) with θ₀ = `{0}` and θᵤ = `{1}`: the unlearning update,
 lengthened (UIPE, arXiv 2503.04693). Made by"""
+_STEERED_TEXT = """\
+θᵤ + s with θ₀ = `{0}`, θᵤ = `{1}` and a step s along the unlearning
+update (UIPE, arXiv 2503.04693) that was steered as the command says. Made by"""
 _ADAPTER_TEXT = """\
 An adapter on θ₀ = `{0}`: θ₀ + (1 + α)·c·B·A with the factors of `{1}`, whose
 unlearning update is lengthened (UIPE, arXiv 2503.04693) by scaling B alone. In the numbers
@@ -74,7 +78,7 @@ def base_models(metadata: dict[str, object]) -> list[str]:
 
 
 def encode_card(
-    original: Checkpoint, unlearned: Checkpoint, command: str, summary: Summary, form: str = "model"
+    original: Checkpoint, unlearned: Checkpoint, command: str, summary: Summary, recipe: Recipe
 ) -> bytes:
     """Return the card: metadata for the Hub, one paragraph, the command, the numbers.
 
@@ -83,7 +87,7 @@ def encode_card(
         unlearned: θᵤ.
         command: What made the output.
         summary: The numbers.
-        form: What the output is, as in the recipe.
+        recipe: What was asked for.
     """
     from huggingface_hub import ModelCardData
 
@@ -92,7 +96,8 @@ def encode_card(
     for checkpoint in (original, unlearned):
         metadata = card_metadata(checkpoint)
         fields |= {name: metadata[name] for name in _CARRIED_FIELDS if _plain(metadata.get(name))}
-    adapter = form == "adapter"
+    adapter = recipe.form == "adapter"
+    text = _STEERED_TEXT if recipe.steering.active else _MODEL_TEXT
     fields |= {
         "base_model": ids[:1] if adapter else ids,
         "base_model_relation": "adapter" if adapter else "merge",
@@ -107,7 +112,7 @@ def encode_card(
         "",
         f"# {ids[1]}, extrapolated with α = {summary.asked}",
         "",
-        *(_ADAPTER_TEXT if adapter else _MODEL_TEXT).format(*ids).split("\n"),
+        *(_ADAPTER_TEXT if adapter else text).format(*ids).split("\n"),
         "",
         "```bash",
         command,

@@ -93,20 +93,45 @@ class Journal:
         self._filesystem.append(self._path, _encode(value))
 
     def _lines(self) -> Iterator[dict[str, Any]]:
-        try:
-            raw = self._path.read_bytes()
-        except FileNotFoundError:
+        return _lines(self._path)
+
+
+class Memo:
+    """One value that was computed, and from what; replaced in one step."""
+
+    def __init__(self, filesystem: FileSystem, path: Path) -> None:
+        """Remember where it is; nothing is read or written yet."""
+        self._filesystem = filesystem
+        self._path = path
+
+    def recall(self, key: str) -> Any | None:  # noqa: ANN401 - what ``keep`` was given
+        """Return what was kept under ``key``; ``None`` where that is not what is there."""
+        line = next(_lines(self._path), {})
+        return line.get("value") if line.get("key") == key else None
+
+    def keep(self, key: str, value: object) -> None:
+        """Keep a value that JSON can say instead of what is there."""
+        draft = self._path.with_name(self._path.name + ".tmp")
+        write_document(self._filesystem, draft, _encode({"key": key, "value": value}))
+        self._filesystem.rename(draft, self._path)
+        self._filesystem.sync_directory(self._path.parent)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise system_error(error, path) from None
+    for line in raw.split(b"\n")[:-1]:  # what follows the last newline is torn
+        crc, _, text = line.partition(b" ")
+        if crc != f"{zlib.crc32(text):08x}".encode():
             return
-        except OSError as error:
-            raise system_error(error, self._path) from None
-        for line in raw.split(b"\n")[:-1]:  # what follows the last newline is torn
-            crc, _, text = line.partition(b" ")
-            if crc != f"{zlib.crc32(text):08x}".encode():
-                return
-            value = json.loads(text)
-            if not isinstance(value, dict):
-                return
-            yield value
+        value = json.loads(text)
+        if not isinstance(value, dict):
+            return
+        yield value
 
 
 def _encode(value: dict[str, object]) -> bytes:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from uipe_merge.output.filesystem import FileSystem
 
+MEASURED = "measured"
+
 _PIECE = 4 * 2**20
 _SECTOR = 512  # the unit of st_blocks, whatever the file system's own
 
@@ -36,6 +38,7 @@ class Staging:
         output: The path that will be published.
         partial: The directory of this run.
         model: The directory that becomes the output.
+        measured: The directory of what was measured before anything could be written.
         journal: The journal of this run.
         done: Shards that an earlier run finished and whose hashes still hold.
     """
@@ -49,6 +52,7 @@ class Staging:
         self.output = output
         self.partial = partial or partial_directory(output)
         self.model = self.partial / "model"
+        self.measured = self.partial / MEASURED
         self.journal = Journal(filesystem, self.partial / "journal")
         self.done: dict[str, ShardRecord] = {}
 
@@ -156,7 +160,7 @@ class Staging:
         As long as the journal is there, a rerun knows what this was.
         """
         for entry in _entries(self.partial):
-            if entry == self.model or not _in_use(entry):
+            if entry in (self.model, self.measured) or not _in_use(entry):
                 self._remove(entry)
         self._filesystem.remove(self.partial / "journal")
 
@@ -193,7 +197,7 @@ class Staging:
 
 def _in_use(entry: Path) -> bool:
     """Tell whether an entry of the partial directory belongs to a run in hand."""
-    return entry.name in ("model", "journal") or entry.name.startswith("lock")
+    return entry.name in ("model", "journal", MEASURED) or entry.name.startswith("lock")
 
 
 def _entries(directory: Path) -> list[Path]:
