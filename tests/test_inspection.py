@@ -11,7 +11,8 @@ from helpers import assert_refused, contents, run_here, write_checkpoint
 from reference import FLOATS, Models, doubles, dtype_id, mixed_pair, rounded, unrounded
 
 import uipe_merge
-from uipe_merge.inspection import DEFAULT_ALPHAS, Group, Inspection
+from uipe_merge.inspected import Group, Inspection
+from uipe_merge.inspection import DEFAULT_ALPHAS
 from uipe_merge.naming import Place
 from uipe_merge.plan import BLOCK, CELL
 

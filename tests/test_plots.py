@@ -11,7 +11,7 @@ from helpers import assert_refused, run_here, write_pair
 from reference import Models, mixed_pair
 
 import uipe_merge
-from uipe_merge.plots import make_grid
+from uipe_merge.plots import make_grids
 
 
 def test_the_grid_has_layers_as_rows_and_modules_as_columns(tmp_path: Path) -> None:
@@ -26,12 +26,12 @@ def test_the_grid_has_layers_as_rows_and_modules_as_columns(tmp_path: Path) -> N
             "step": (torch.tensor(1), torch.tensor(2)),
         },
     )
-    grid = make_grid(uipe_merge.inspect(*models.paths, progress=False))
+    [grid] = make_grids(uipe_merge.inspect(*models.paths, progress=False))
     assert sorted(grid.kinds) == ["mlp.down", "mlp.up", "model.embed_tokens"]
     assert grid.layers == ["0", "2", "–"]
     cells = {
         (layer, kind): ratio
-        for layer, row in zip(grid.layers, grid.ratios, strict=True)
+        for layer, row in zip(grid.layers, grid.values, strict=True)
         for kind, ratio in zip(grid.kinds, row, strict=True)
     }
     numbers = {place: ratio for place, ratio in cells.items() if not math.isnan(ratio)}
