@@ -113,6 +113,43 @@ def measure_few(bench: Bench) -> Findings:
     )
 
 
+def measure_steered(bench: Bench) -> Findings:
+    """Measure stochastic rounding, and steps that a third checkpoint decides, against α·v."""
+    pair = bench.pair(write_model_pair, geometry(bench.size), bench.shards)
+    third = bench.root / "third"
+    aside(write_model_pair, Pair(pair.original, third), geometry(bench.size), bench.shards)
+    made = bench.root / "merged"
+
+    def run(name: str, *options: str | Path) -> Contender:
+        command = [*_merge(pair, ALPHA, made), *options, "--json"]
+        return Contender(name, [command], [*pair.both(), third], made)
+
+    reading: list[str | Path] = ["sh", "-c", 'cat "$@" > /dev/null', "cat", *_weights(third)]
+    plain, chance = run("uipe-merge"), run("--rounding stochastic", "--rounding", "stochastic")
+    along = run("--along", "--along", third)
+    # The third checkpoint's update is v, so all of the step goes; --always keeps both terms in it.
+    away = run("--away-from, --always", "--away-from", third, "--always")
+    third_read = Contender("reading the third checkpoint", [reading], [third])
+    contenders = [plain, chance, along, away, third_read]
+    found = interleave(contenders, bench.runs, bench.say)
+    one = found[plain.name].seconds or 0.0
+    allowed = 2 * one + found[third_read.name].wall
+    steered = [(each.name, found[each.name].seconds or 0.0) for each in (along, away)]
+    return Findings(
+        "Steps of more than α·v",
+        list(found.values()),
+        [
+            Check("stochastic ÷ plain", (found[chance.name].seconds or 0.0) / one, 2.5),
+            *(
+                Check(f"{name} ÷ (2 × plain + reading the third)", seconds / allowed, 1.0)
+                for name, seconds in steered
+            ),
+            _memory(max((found[each.name] for each in (along, away)), key=lambda each: each.peak)),
+        ],
+        ["The ratios are of what the program says itself, without the start of Python."],
+    )
+
+
 def measure_copy(bench: Bench) -> Findings:
     """Measure α = 0, which copies the unlearned checkpoint, against ``cp`` and ``sync``."""
     pair = bench.pair(write_model_pair, geometry(bench.size), bench.shards)
@@ -174,6 +211,7 @@ CASES: dict[str, Callable[[Bench], Findings]] = {
     "plan": measure_plan,
     "pair": measure_pair,
     "few": measure_few,
+    "steered": measure_steered,
     "copy": measure_copy,
     "tensor": measure_tensor,
 }

@@ -1,12 +1,13 @@
-"""README.md does what it says: its code blocks run, in order, in one empty directory.
+"""Documents do what they say: their code blocks run, in order, in one empty directory.
 
 Each ```bash, ```python and ```console block is preceded by a comment, which no renderer shows:
 
     <!-- run -->                     run it; a ```text block right after it is its output
     <!-- not run: the reason -->     leave it alone
 
-In a ```console block the lines starting with `$ ` are commands and the rest is their output.
-The directory holds a tiny pair, `base/` and `unlearned/`. Of the output shown, every line must
+In a ```console block the lines starting with `$ ` are commands and the rest is their output. A
+```yaml block that is run is written to the file that its first line names. The directory holds a
+tiny pair, `base/` and `unlearned/`, and what came of training it on. Of the output shown, every line must
 appear in what was printed, where `…` stands for anything, and so do durations, rates and digests.
 """
 
@@ -20,7 +21,9 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ["README.md", "docs/steering.md"]
+FURTHER = ["related", "repaired", "forget-tuned", "retain-tuned"]
 CODE = {"bash", "console", "python"}
 OUTPUT = {"", "text", "json"}
 MARK = re.compile(r"<!--\s*(run|not run:\s*(?P<reason>\S.*?))\s*-->")
@@ -65,7 +68,7 @@ def blocks_of(markdown: str) -> Iterator[Block]:
         end = number + 1
         while lines[end].strip() != fence:
             end += 1
-            assert end < len(lines), f"README.md:{number + 1}: this block is never closed"
+            assert end < len(lines), f"line {number + 1}: this block is never closed"
         above = [line for line in lines[:number] if line.strip()][-1:]
         mark = MARK.fullmatch(above[0].strip()) if above else None
         text = "\n".join(line.removeprefix(indent) for line in lines[number + 1 : end])
@@ -122,7 +125,7 @@ def missing_lines(shown: str, printed: str) -> list[str]:
 
 
 def make_pair(directory: Path) -> None:
-    """Write a two-layer Llama, and a copy whose MLP weights were moved, as base/ and unlearned/."""
+    """Write a two-layer Llama, a copy whose MLP weights were moved, and copies of that moved on."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -142,23 +145,29 @@ def make_pair(directory: Path) -> None:
             if ".mlp." in name:
                 weight.add_(0.05 * torch.randn_like(weight))
     model.save_pretrained(directory / "unlearned")
+    for name in FURTHER:
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(0.02 * torch.randn_like(weight))
+        model.save_pretrained(directory / name)
 
 
-@pytest.fixture(scope="module")
-def blocks() -> list[Block]:
-    return list(blocks_of(README.read_text(encoding="utf-8")))
+def read(document: str) -> list[Block]:
+    return list(blocks_of((ROOT / document).read_text(encoding="utf-8")))
 
 
-def test_every_code_block_says_whether_it_runs(blocks: list[Block]) -> None:
-    code = [block for block in blocks if block.language in CODE]
-    silent = [f"README.md:{block.line}: {block.language}" for block in code if not block.mark]
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_code_block_says_whether_it_runs(document: str) -> None:
+    code = [block for block in read(document) if block.language in CODE]
+    silent = [f"{document}:{block.line}: {block.language}" for block in code if not block.mark]
     assert silent == [], "put <!-- run --> or <!-- not run: reason --> above these blocks"
     assert {"bash", "console"} & {block.language for block in code if block.runs}
     assert "python" in {block.language for block in code if block.runs}
 
 
 @pytest.mark.timeout(600)
-def test_the_blocks_run_and_print_what_is_shown(blocks: list[Block], tmp_path: Path) -> None:
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_the_blocks_run_and_print_what_is_shown(document: str, tmp_path: Path) -> None:
     home, work = tmp_path / "home", tmp_path / "work"
     home.mkdir()
     work.mkdir()
@@ -171,7 +180,10 @@ def test_the_blocks_run_and_print_what_is_shown(blocks: list[Block], tmp_path: P
         "COLUMNS": "100",
         "PYTHONIOENCODING": "utf-8",
     }
-    for block, code, shown in steps_of(blocks):
+    for block, code, shown in steps_of(read(document)):
+        if block.language == "yaml":
+            (work / code.splitlines()[0].removeprefix("# ")).write_text(code, encoding="utf-8")
+            continue
         python = block.language == "python"
         done = subprocess.run(
             [*([sys.executable, "-c"] if python else ["bash", "-euo", "pipefail", "-c"]), code],
@@ -184,7 +196,7 @@ def test_the_blocks_run_and_print_what_is_shown(blocks: list[Block], tmp_path: P
             check=False,
             timeout=300,
         )
-        printed = f"README.md:{block.line} printed\n{done.stdout}"
+        printed = f"{document}:{block.line} printed\n{done.stdout}"
         assert done.returncode == 0, printed
         assert missing_lines(shown, done.stdout) == [], printed
 
