@@ -1,12 +1,14 @@
 """The recipe: what is accepted, what is refused, and how it is written down."""
 
 import dataclasses
+import json
 import math
 
 import pytest
 
 from uipe_merge.errors import NumericError, RecipeError, UsageError
 from uipe_merge.recipe import ALPHA_LIMIT, Recipe, parse_size
+from uipe_merge.steering import ORIGINAL_ITSELF, Steering, Update
 
 
 @pytest.mark.parametrize("alpha", [0.0, -0.0, 1.0, -1.0, 0.1, 5e-324, 16777215.0, -16777215.0])
@@ -68,8 +70,79 @@ def test_canonical_alpha_is_exact(alpha: float, text: str) -> None:
         "as": "model",
         "rounding": "nearest",
         "seed": 0,
+        "along": [],
+        "min_cos": (0.05).hex(),
+        "max_alpha": (5.0).hex(),
+        "away_from": None,
+        "always": False,
+        "rank": None,
+        "energy": None,
+        "rank_all": False,
+        "control": "none",
+        "granularity": "layer",
+        "add": [],
     }
     assert float.fromhex(text) == alpha
+
+
+def test_canonical_steering_is_exact() -> None:
+    steering = Steering(
+        along=(Update("a"), Update("b", "c")),
+        min_cos=-0.1,
+        max_alpha=2,
+        away_from=ORIGINAL_ITSELF,
+        always=True,
+        energy=1,
+        rank_all=True,
+        control="random",
+        granularity="tensor",
+        add=((Update("d", "e"), 0.1), (Update("f"), -2)),
+    )
+    canonical = Recipe(1, steering=steering).canonical()
+    assert {name: canonical[name] for name in steering.canonical()} == {
+        "along": [["a", ""], ["b", "c"]],
+        "min_cos": (-0.1).hex(),
+        "max_alpha": (2.0).hex(),
+        "away_from": ["original", ""],
+        "always": True,
+        "rank": None,
+        "energy": (1.0).hex(),
+        "rank_all": True,
+        "control": "random",
+        "granularity": "tensor",
+        "add": [["d", "e", (0.1).hex()], ["f", "", (-2.0).hex()]],
+    }
+    assert json.loads(json.dumps(canonical, allow_nan=False)) == canonical
+
+
+STEERINGS = [
+    Steering(along=(Update("a"),)),
+    Steering(along=(Update("a", "b"),)),
+    Steering(along=(Update("a"),), min_cos=math.nextafter(0.05, 1)),
+    Steering(along=(Update("a"),), max_alpha=math.nextafter(5, 6)),
+    Steering(away_from=Update("a")),
+    Steering(away_from=ORIGINAL_ITSELF),
+    Steering(away_from=Update("a"), always=True),
+    Steering(rank=1),
+    Steering(rank=2),
+    Steering(rank=1, rank_all=True),
+    Steering(energy=1.0),
+    Steering(control="random"),
+    Steering(control="random", granularity="model"),
+    Steering(add=((Update("a"), 0.0),)),
+    Steering(add=((Update("a"), -0.0),)),
+    Steering(add=((Update("a"), 1.0),)),
+    Steering(add=((Update("b"), 1.0),)),
+]
+
+
+@pytest.mark.parametrize("other", STEERINGS, ids=lambda steering: " ".join(steering.words()))
+def test_no_two_steerings_are_written_down_alike(other: Steering) -> None:
+    """What is written down decides whether a run goes on with another's work."""
+    assert [each.canonical() for each in STEERINGS].count(other.canonical()) == 1
+    assert other.active
+    assert not Steering().active
+    assert Recipe(1, steering=other).rest() != Recipe(1).rest()
 
 
 @pytest.mark.parametrize(

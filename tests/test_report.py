@@ -41,29 +41,64 @@ def summary(total: Sums | None, *, alpha: float = 2.0, elements: int = 10) -> Su
 
 def test_measures_of_a_group_follow_from_its_sums() -> None:
     # v = (3, 4), θᵤ = (6, 8), α = 2 and θ_out − θᵤ = (6, 7): 1 short in one element
-    sums = Sums(update=25.0, unlearned=100.0, along=46.0, error=1.0, changed=2)
+    sums = Sums(update=25.0, unlearned=100.0, along=46.0, error=1.0, changed=2).of_plain(2.0)
     assert sums.norm == 5
     assert sums.ratio == 0.5
     assert sums.effective_alpha == pytest.approx(46 / 25)
-    assert sums.rounding_error(2.0) == pytest.approx(1 / 10)
-    assert sums.rounding_error(-2.0) == pytest.approx(1 / 10)
+    assert sums.asked_alpha == 2
+    assert sums.rounding_error == pytest.approx(1 / 10)
+    assert sums.kept == pytest.approx(92 / 100)
+    assert sums.of_plain(-2.0).rounding_error == pytest.approx(1 / 10)
+
+
+def test_measures_of_a_step_that_is_no_multiple_of_the_update() -> None:
+    # v = (3, 4), θᵤ = (6, 8), s = (4, -3) + v/2 = (5.5, -1) and θ_out − θᵤ = (5, −1)
+    sums = Sums(25.0, 100.0, 11.0, 0.25, 2, 31.25, 12.5, 28.5)
+    assert sums.norm == 5
+    assert sums.effective_alpha == pytest.approx(11 / 25)
+    assert sums.asked_alpha == pytest.approx(1 / 2)
+    assert sums.rounding_error == pytest.approx((0.25 / 31.25) ** 0.5)
+    assert sums.kept == pytest.approx(28.5 / 31.25)
+
+
+@given(st.floats(-4, 4), st.lists(st.tuples(*[st.floats(-2, 2)] * 3), min_size=1, max_size=9))
+def test_where_the_step_is_alpha_times_the_update_the_other_sums_follow(
+    alpha: float, rows: list[tuple[float, float, float]]
+) -> None:
+    """Each row: v, θᵤ and θ_out − θᵤ of one element."""
+    update = sum(v * v for v, _, _ in rows)
+    found = Sums(
+        update,
+        sum(theta * theta for _, theta, _ in rows),
+        sum(moved * v for v, _, moved in rows),
+        sum((moved - alpha * v) ** 2 for v, _, moved in rows),
+        sum(moved != 0 for _, _, moved in rows),
+    ).of_plain(alpha)
+    assert found.step == pytest.approx(sum((alpha * v) ** 2 for v, _, _ in rows))
+    assert found.asked == pytest.approx(sum(alpha * v * v for v, _, _ in rows))
+    realised = sum(moved * alpha * v for v, _, moved in rows)
+    assert found.realised == pytest.approx(realised, abs=1e-9)
 
 
 def test_where_there_is_nothing_to_divide_by_there_is_no_measure() -> None:
     nothing = Sums()
     assert nothing.norm == 0
-    assert nothing.ratio is nothing.effective_alpha is nothing.rounding_error(2.0) is None
-    assert Sums(update=1.0, unlearned=1.0).rounding_error(0.0) is None
+    assert nothing.ratio is nothing.effective_alpha is nothing.rounding_error is None
+    assert nothing.asked_alpha is nothing.kept is None
+    still = Sums(update=1.0, unlearned=1.0).of_plain(0.0)
+    assert still.rounding_error is still.kept is None
+    assert still.asked_alpha == 0
 
 
-@pytest.mark.parametrize("column", range(4))
+@pytest.mark.parametrize("column", [0, 1, 2, 3, 5, 6, 7])
 def test_a_sum_that_overflowed_gives_no_measure(column: int) -> None:
-    values = [1.0, 1.0, 1.0, 1.0, 1]
+    values = [1.0, 1.0, 1.0, 1.0, 1, 1.0, 1.0, 1.0]
     values[column] = math.inf
     sums = Sums(*values)
-    measures = [sums.norm, sums.ratio, sums.effective_alpha, sums.rounding_error(2.0)]
+    measures = [sums.norm, sums.ratio, sums.effective_alpha, sums.rounding_error]
+    measures += [sums.asked_alpha, sums.kept]
     assert all(measure is None or math.isfinite(measure) for measure in measures)
-    lost = {0: [0, 1, 2, 3], 1: [1], 2: [2], 3: [3]}[column]
+    lost = {0: [0, 1, 2, 4], 1: [1], 2: [2], 3: [3], 5: [3, 5], 6: [4], 7: [5]}[column]
     assert [number for number, measure in enumerate(measures) if measure is None] == lost
 
 
@@ -101,8 +136,9 @@ def test_a_sum_with_no_finite_value_is_infinite(column: list[float]) -> None:
 
 
 def test_adding_groups_adds_every_column() -> None:
-    one, two = Sums(1.0, 2.0, 3.0, 4.0, 5), Sums(10.0, 20.0, 30.0, 40.0, 50)
-    assert add([one, two]) == Sums(11.0, 22.0, 33.0, 44.0, 55)
+    one = Sums(1.0, 2.0, 3.0, 4.0, 5, 6.0, 7.0, 8.0)
+    two = Sums(10.0, 20.0, 30.0, 40.0, 50, 60.0, 70.0, 80.0)
+    assert add([one, two]) == Sums(11.0, 22.0, 33.0, 44.0, 55, 66.0, 77.0, 88.0)
     assert add(iter([one])) == one
 
 
@@ -125,9 +161,9 @@ STEPS = [
     step("norm", "copy", 7),
 ]
 SUMS: Mapping[str, Sums | None] = {
-    "moved": Sums(4.0, 16.0, 8.0, 0.0, 24),
-    "still": Sums(0.0, 9.0, 0.0, 0.0, 0),
-    "complex": Sums(5.0, 11.0, 10.0, 0.0, 10),
+    "moved": Sums(4.0, 16.0, 8.0, 0.0, 24).of_plain(2.0),
+    "still": Sums(0.0, 9.0, 0.0, 0.0, 0).of_plain(2.0),
+    "complex": Sums(5.0, 11.0, 10.0, 0.0, 10).of_plain(2.0),
     "ids": Sums(changed=3),
     "norm": None,
 }
@@ -138,7 +174,7 @@ def test_a_model_is_the_sum_of_its_extrapolated_tensors() -> None:
     assert found.tensors == {"extrapolate": (3, 120), "keep": (1, 32), "copy": (1, 14)}
     assert found.unchanged == 1
     assert found.elements == 30 + 10 + 2 * 5  # a complex number is two real ones
-    assert found.total == Sums(9.0, 36.0, 18.0, 0.0, 34)
+    assert found.total == Sums(9.0, 36.0, 18.0, 0.0, 34).of_plain(2.0)
     assert found.as_dict() == {
         "alpha": 2.0,
         "alpha_spread": None,
@@ -151,6 +187,7 @@ def test_a_model_is_the_sum_of_its_extrapolated_tensors() -> None:
         "norm": 3.0,
         "ratio": 0.5,
         "effective_alpha": 2.0,
+        "share_kept": 1.0,
         "rounding_error": 0.0,
         "share_changed": 34 / 50,
     }
@@ -166,7 +203,7 @@ def test_a_model_of_copies_has_no_measures_and_no_warnings() -> None:
 
 
 def test_the_closing_table_shows_what_was_asked_for_and_what_came_out() -> None:
-    rows = dict(summary(Sums(4.0, 16.0, 7.6, 0.16, 9)).rows())
+    rows = dict(summary(Sums(4.0, 16.0, 7.6, 0.16, 9).of_plain(2.0)).rows())
     assert rows == {
         "tensors extrapolated": "3 (1 with v = 0)",
         "tensors copied": "1",
@@ -195,7 +232,8 @@ def test_the_closing_table_shows_what_was_asked_for_and_what_came_out() -> None:
 def test_an_effective_alpha_off_by_more_than_5_percent_is_warned_of(
     alpha: float, along: float, warns: bool
 ) -> None:
-    warnings = summary(Sums(4.0, 16.0, along, 0.0, 4), alpha=alpha).warnings()
+    total = Sums(4.0, 16.0, along, 0.0, 4).of_plain(alpha)
+    warnings = summary(total, alpha=alpha).warnings()
     assert len(warnings) == warns
     if warns:
         assert f"effective α of {along / 4:.4g} where {alpha:g} was asked for" in warnings[0]
@@ -207,7 +245,28 @@ def test_identical_checkpoints_are_warned_of_and_empty_ones_are_not() -> None:
     (warning,) = summary(Sums(0.0, 4.0, 0.0, 0.0, 0)).warnings()
     assert "identical weights" in warning
     assert summary(Sums(), elements=0).warnings() == []
-    assert summary(Sums(math.inf, math.inf, math.inf, math.inf, 3)).warnings() == []
+    infinite = Sums(math.inf, math.inf, math.inf, math.inf, 3).of_plain(2.0)
+    assert summary(infinite).warnings() == []
+
+
+def test_a_steered_run_speaks_of_its_step() -> None:
+    # ⟨s, v⟩ = 0: no α can be compared, and rounding left a tenth of the step
+    total = Sums(4.0, 16.0, 0.0, 0.81, 4, 1.0, 0.0, 0.1)
+    found = Summary(1.0, {"extrapolate": (3, 60)}, 0, total, 10, steered=True)
+    rows = dict(found.rows())
+    assert rows["rounding error ‖θ−θᵤ−s‖/‖s‖"] == "0.9"
+    (warning,) = found.warnings()
+    assert "leaves 10.0% of the step (60% of the elements did not change)" in warning
+    assert "effective α" not in warning
+    assert found.as_dict()["share_kept"] == 0.1
+    whole = Sums(4.0, 16.0, 2.0, 0.0, 9, 4.0, 1.0, 3.9)  # 2.5 % short
+    assert Summary(1.0, {}, 0, whole, 10, steered=True).warnings() == []
+
+
+def test_identical_checkpoints_that_something_is_added_to_are_not_the_output() -> None:
+    total = Sums(0.0, 16.0, 0.0, 0.0, 9, 4.0, 0.0, 4.0)
+    found = Summary(1.0, {"extrapolate": (3, 60)}, 3, total, 10, steered=True)
+    assert not any("the output equals both" in warning for warning in found.warnings())
 
 
 def test_the_record_of_a_tensor_has_what_its_operation_measures() -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from uipe_merge.plan import Plan, Step
     from uipe_merge.steering import Steering
 
+_LIBRARY_MEMORY = 40_000_000  # what the linear algebra keeps for itself, measured
 _MATRIX, _STACK = 2, 3
 """Dimensions of a matrix and of a stack of experts' matrices."""
 
@@ -26,21 +27,23 @@ def targets(plan: Plan) -> list[Step]:
     steering = plan.recipe.steering
     if steering.energy == 1:
         return []
-    matrices = [step for step in plan.steps if step.group and _is_matrix(step)]
+    matrices = [step for step in plan.steps if step.dtype.computes and _is_matrix(step)]
     inside = [step for step in matrices if steering.rank_all or place(step.name).layer is not None]
     if not inside:
         raise RecipeError(
             "a rank or an energy is asked for, and no matrix is in a layer",
             remedy="add --rank-all to take those outside of the layers" if matrices else None,
         )
-    return [step for step in inside if not _whole(step, steering)]
+    return [step for step in inside if step.group and not _whole(step, steering)]
 
 
 def factors_bytes(plan: Plan) -> int:
-    """Return what the factors of all targets take on the disk; of a share of energy nobody knows."""
-    rank = plan.recipe.steering.rank
-    if rank is None:
-        return 0
+    """Return what the factors of all targets take on the disk; of a share of energy nobody knows.
+
+    Raises:
+        RecipeError: There is no target.
+    """
+    rank = plan.recipe.steering.rank or 0
     return sum(
         4 * rank * sum(step.source.shape[-2:]) * math.prod(step.source.shape[:-2])
         for step in targets(plan)
@@ -60,7 +63,7 @@ def peak_memory(plan: Plan, threads: int) -> int:
         kept = 4 * rank * (rows + columns)
         # The matrix; what finds its factors; those of a stack, and the file they make.
         most = max(most, 4 * rows * columns + workspace(rows, columns, asked) + 3 * experts * kept)
-    return min(threads, at_once()) * most
+    return _LIBRARY_MEMORY + min(threads, at_once()) * most
 
 
 def at_once() -> int:

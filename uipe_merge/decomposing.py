@@ -51,12 +51,14 @@ class Coherent(NamedTuple):
         pair: The pair with the factors as one more checkpoint.
         directions: w of those tensors.
         records: Rank and share of ‖v‖² by tensor.
+        key: A digest of all that decides the factors.
     """
 
     plan: Plan
     pair: Pair
     directions: dict[str, Vector]
     records: dict[str, dict[str, object]]
+    key: str
 
 
 def decompose(
@@ -85,7 +87,8 @@ def decompose(
         RecipeError: No matrix is in a layer.
     """
     todo = targets(plan)
-    identity: dict[str, object] = {"key": _key(plan, todo)}
+    key = _key(plan, todo)
+    identity: dict[str, object] = {"key": key}
     journal = Journal(filesystem, directory / "factors")
     kept = journal.shards() if journal.identity() == identity else {}
     done = {
@@ -108,7 +111,7 @@ def decompose(
         journal.finish_shard(record)
         done[record.name] = record
         progress.advance(step.source.nbytes, f"factors of {step.name}")
-    return _attached(plan, pair, directory, todo, done)
+    return _attached(plan, pair, directory, todo, done)._replace(key=key)
 
 
 class FactorsWorker:
@@ -275,7 +278,7 @@ def _attached(
     ]
     checkpoint = Checkpoint(folder, [], shards, {}, {}, [], {"": folder})
     joined = pair._replace(further=(*pair.further, checkpoint))
-    return Coherent(plan._replace(shards=made), joined, directions, records)
+    return Coherent(plan._replace(shards=made), joined, directions, records, "")
 
 
 def _file(number: int) -> str:

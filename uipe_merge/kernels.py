@@ -140,9 +140,9 @@ class Kernels:
         out = memoryview(bytearray(step.source.elements * step.dtype.bits // 8))
         found = [(0, 0.0)]
         if step.terms:
-            result = _view(out, step.dtype)
             for start, mixed in self._mixed(step, operands, deltas):
-                found.append(mixed.overflow(step.terms, result[start : start + CELL]))
+                part = _view(out, step.dtype)[start : start + CELL]
+                found.append(mixed.overflow(step.terms, part))
         else:
             original, unlearned = operands
             cell = self._cell(step)
@@ -160,9 +160,8 @@ class Kernels:
         first: int = 0,
     ) -> Iterator[tuple[MixedMoments, bool]]:
         """Fill ``out`` with θᵤ + s, s being the sum of the step's terms; as ``extrapolate``."""
-        result = _view(out, step.dtype)
         for start, cell in self._mixed(step, operands, deltas):
-            part = result[start : start + CELL]
+            part = _view(out, step.dtype)[start : start + CELL]
             key, at = step.noise, first + start
             chance = None if key is None else noise(key, at, part.numel())
             moments = cell.apply(step.terms, part, chance)

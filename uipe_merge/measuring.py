@@ -12,6 +12,7 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from uipe_merge import native
+from uipe_merge.checkpoint.header import ZERO
 from uipe_merge.errors import NumericError
 from uipe_merge.guard import Guard
 from uipe_merge.once import Once
@@ -64,10 +65,13 @@ def to_measure(plan: Plan, directions: Mapping[str, Vector]) -> Measured:
     return Measured(plan._replace(shards=shards), vectors)
 
 
-def key_of(measured: Measured) -> str:
-    """Return a digest of all that decides the inner products; no coefficient is among it."""
+def key_of(measured: Measured, factors: str) -> str:
+    """Return a digest of all that decides the inner products; no coefficient is among it.
+
+    ``factors`` is the same of the factors that directions of low rank are made of.
+    """
     plan = measured.plan
-    document: list[object] = [NUMERICS, plan.original, plan.unlearned, plan.further]
+    document: list[object] = [NUMERICS, factors, plan.original, plan.unlearned, plan.further]
     for step in plan.steps:
         operands = [[side, spec[1:], noise] for side, spec, noise in step.operands]
         document.append([step.name, step.dtype.name, operands, measured.vectors[step.name]])
@@ -94,6 +98,8 @@ def measure(
     missing = {step.name: max(step.elements, 1) for step in plan.steps}
     cells: dict[str, list[tuple[float, ...]]] = {name: [] for name in missing}
     products: Products = {}
+    if not missing:  # every α is 0
+        return products
     progress.start(plan.read_bytes)
     growths: Growths = Once()
 
@@ -103,7 +109,8 @@ def measure(
     items = blocks(plan, range(len(plan.shards)), executor.width, block)
     for done, rows in executor.run(make_worker, items):
         step = plan.shards[done.shard].steps[done.step]
-        read = sum(operand.spec.dtype.bits // 8 for operand in step.operands)
+        stored = [spec for _, spec, _ in step.operands if spec.home != ZERO]
+        read = sum(spec.dtype.bits // 8 for spec in stored)
         progress.advance(done.elements * read, f"measuring {step.source.file}")
         cells[step.name].extend(rows)
         missing[step.name] -= max(done.elements, 1)

@@ -175,7 +175,7 @@ def open_further(
     directions = Directions(
         along=tuple(map(vector, steering.along)),
         away=away,
-        add=tuple(Term(beta, *vector(update)) for update, beta in steering.add),
+        add=tuple(Term(float(beta), *vector(update)) for update, beta in steering.add),
     )
     return pair._replace(further=tuple(further)), directions
 
@@ -191,14 +191,15 @@ def hold_further(pair: Pair, pairing: Pairing, directions: Directions) -> Furthe
     warnings: list[str] = []
     for number, checkpoint in enumerate(pair.further, 2):
         found = match(checkpoint, pair.unlearned)
-        missing = pairing.pairs.keys() - found.pairs.keys()
+        names = [name for name, (_, spec) in pairing.pairs.items() if spec.dtype.computes]
+        missing = names - found.pairs.keys()
         if missing or any(line.startswith(CONFIG) for line in found.mismatches):
             raise IncompatibleModelsError(
                 f"does not match {pair.unlearned.location}: {listed(found.mismatches)}",
                 file=checkpoint.location,
                 remedy="an update needs every tensor that is extrapolated, stored alike",
             )
-        specs[number] = {name: found.pairs[name][0] for name in pairing.pairs}
+        specs[number] = {name: found.pairs[name][0] for name in names}
         warnings += [line for line in checkpoint.warnings if line not in warnings]
     shards = tuple(checkpoint.shards for checkpoint in pair.further)
     return Further(specs, shards, directions, warnings)

@@ -80,7 +80,9 @@ def make_plan(
             *pairing.pairs[name],
             recipe,
             alphas[name],
-            further=tuple(Operand(side, specs[name]) for side, specs in further.specs.items()),
+            further=tuple(
+                Operand(side, specs[name]) for side, specs in further.specs.items() if name in specs
+            ),
             parameter=tied.get(name, name),
         )
         for name in [*unlearned.tensors, *added]

@@ -35,6 +35,7 @@ from uipe_merge.steering import (
     GRANULARITY,
     MAX_ALPHA,
     MIN_COS,
+    ORIGINAL_ITSELF,
     Steering,
     Update,
     parse_protected,
@@ -93,8 +94,8 @@ def read_recipe(named: str | os.PathLike[str]) -> Recipe:
         raise RecipeError(f"has {size} bytes, more than a recipe may have", file=path)
     try:
         return _recipe(reader(raw))
-    except RecipeError as error:
-        raise RecipeError(error.message, file=path, remedy=error.remedy) from None
+    except (RecipeError, UsageError) as error:
+        raise type(error)(error.message, file=path, remedy=error.remedy) from None
     except RecursionError:
         raise RecipeError("is nested too deeply", file=path) from None
     except (ValueError, OverflowError) as error:
@@ -197,7 +198,7 @@ def _update(value: object, what: str) -> Update:
     new, old = (_text(pair.get(key, ""), f"{key} of {what}") for key in ("new", "old"))
     if not new:
         raise RecipeError(f"new of {what} is empty")
-    return Update(new, old)
+    return Update("./original" if new == ORIGINAL_ITSELF.new else new, old)
 
 
 def _protected(value: object) -> Update:

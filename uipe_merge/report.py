@@ -161,7 +161,7 @@ class Summary:
         """Return what the user should know about the numbers."""
         if self.total is None or not self.elements:
             return []
-        if self.total.update == 0 and not self.kept:
+        if self.total.update == 0 and self.total.step == 0 and not self.kept:
             return [
                 (
                     "the two checkpoints hold identical weights: every update is zero and the "

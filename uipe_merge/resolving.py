@@ -75,7 +75,8 @@ class GroupRecord(NamedTuple):
         """Return it as plain values for JSON, without what was not asked for."""
         said: dict[str, object] = {"tensors": len(self.tensors), "norm": self.norm}
         if self.kappa is not None:
-            said |= {"cosines": self.cosines, "kappas": self.kappas, "kappa": self.kappa}
+            said |= {"cosines": list(self.cosines), "kappas": list(self.kappas)}
+            said["kappa"] = self.kappa
         if self.conflict is not None:
             said |= {"protected_cosine": self.protected, "conflict": self.conflict}
             said["removed"] = self.removed
@@ -171,7 +172,7 @@ def _group(
     rows = [products.get(step.name, nothing) for step in steps]
     plain = Gram([(1.0, row) for row in rows])
     cosines, kappas = _along(steering, plain, related)
-    kappa = max(0.0, min(math.fsum(kappas), steering.max_alpha)) if related else None
+    kappa = max(0.0, min(math.fsum(kappas), float(steering.max_alpha))) if related else None
     alphas = [step.alpha * (1.0 if kappa is None else kappa) for step in steps]
     _require_usable(name, alphas)
     scaled = Gram(list(zip(alphas, rows, strict=True)))

@@ -57,6 +57,7 @@ def settle(
         return Settled(plan, pair, [], {})
     directions: Mapping[str, Vector] = {}
     ranks: dict[str, dict[str, object]] = {}
+    factors = ""
     steering = plan.recipe.steering
     if steering.measured or steering.low_rank:
         filesystem.make_directory(directory)
@@ -64,7 +65,7 @@ def settle(
     if steering.low_rank:
         from uipe_merge.decomposing import decompose  # imports numpy, as measuring does
 
-        plan, pair, directions, ranks = decompose(
+        plan, pair, directions, ranks, factors = decompose(
             plan, pair, directory, filesystem, executor, progress, device=job.device
         )
     products: Products = {}
@@ -72,7 +73,7 @@ def settle(
         from uipe_merge.measuring import key_of, measure, to_measure
 
         measured = to_measure(plan, directions)
-        memo, key = Memo(filesystem, directory / "products"), key_of(measured)
+        memo, key = Memo(filesystem, directory / "products"), key_of(measured, factors)
         kept = memo.recall(key)
         if kept is None:
             products = measure(measured, pair, executor, progress, job.block)

@@ -7,6 +7,7 @@ difference it is; on the command line ``NEW`` alone (OLD is the original then) o
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,8 @@ class Update(NamedTuple):
     @property
     def text(self) -> str:
         """The update as the command line takes it."""
-        return f"{self.new}{_BETWEEN}{self.old}" if self.old else self.new
+        new = f"./{self.new}" if self.new == "original" else self.new
+        return f"{new}{_BETWEEN}{self.old}" if self.old else new
 
 
 ORIGINAL_ITSELF = Update("original")
@@ -99,9 +101,6 @@ class Steering:
             raise RecipeError(f"rank is {self.rank}", remedy="give a whole number from 1 up")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise RecipeError(f"energy is {self.energy}", remedy="give a share above 0, up to 1")
-        for update, beta in self.add:
-            if not math.isfinite(beta):
-                raise RecipeError(f"the coefficient of '{update.text}' is {beta}")
         if self.control not in CONTROLS:
             raise UsageError(
                 f"unknown control '{self.control}'", remedy=f"choose one of {', '.join(CONTROLS)}"
@@ -111,7 +110,16 @@ class Steering:
                 f"unknown granularity '{self.granularity}'",
                 remedy=f"choose one of {', '.join(GRANULARITIES)}",
             )
+        self._check_updates()
         self._check_together()
+
+    def _check_updates(self) -> None:
+        for update in self.updates:
+            if not update.new or "\0" in update.text:
+                raise RecipeError(f"'{update.text}' is no update", remedy="name a checkpoint")
+        for update, beta in self.add:
+            if not math.isfinite(beta):
+                raise RecipeError(f"the coefficient of '{update.text}' is {beta}")
 
     def _check_together(self) -> None:
         if self.rank is not None and self.energy is not None:
@@ -171,25 +179,24 @@ class Steering:
         """
 
         def text(update: Update) -> str:
-            if update == ORIGINAL_ITSELF:
-                return update.text
             return Update(name(update.new), update.old and name(update.old)).text
 
         words = [word for update in self.along for word in ("--along", text(update))]
         if self.min_cos != MIN_COS:
-            words += ["--min-cos", repr(self.min_cos)]
+            words += ["--min-cos", repr(float(self.min_cos))]
         if self.max_alpha != MAX_ALPHA:
-            words += ["--max-alpha", repr(self.max_alpha)]
+            words += ["--max-alpha", repr(float(self.max_alpha))]
         if self.away_from is not None:
-            words += ["--away-from", text(self.away_from)]
+            itself = self.away_from == ORIGINAL_ITSELF
+            words += ["--away-from", self.away_from.new if itself else text(self.away_from)]
         words += ["--always"] if self.always else []
         words += [] if self.rank is None else ["--rank", str(self.rank)]
-        words += [] if self.energy is None else ["--energy", repr(self.energy)]
+        words += [] if self.energy is None else ["--energy", repr(float(self.energy))]
         words += ["--rank-all"] if self.rank_all else []
         words += ["--control", self.control] if self.control != "none" else []
         words += ["--granularity", self.granularity] if self.granularity != GRANULARITY else []
         for update, beta in self.add:
-            words += ["--add", f"{text(update)}={beta!r}"]
+            words += ["--add", f"{text(update)}={float(beta)!r}"]
         return words
 
     def canonical(self) -> dict[str, object]:
@@ -218,7 +225,7 @@ class Steering:
             said["away_from"] = "original" if itself else _pair(self.away_from)
         for field, default in _DEFAULTS.items():
             if (value := getattr(self, field)) != default:
-                said[field] = value
+                said[field] = float(value) if isinstance(default, float) else value
         if self.add:
             said["add"] = [{**_pair(update), "beta": float(beta)} for update, beta in self.add]
         return said
@@ -254,10 +261,12 @@ def parse_update(text: str) -> Update:
             "'original' is no update; --away-from alone takes it",
             remedy="write ./original for a directory of that name",
         )
-    if _BETWEEN not in text or Path(text).is_dir():
-        parts = [text]
-    else:
-        parts = list(text.rsplit(_BETWEEN, 1))
+    parts = [text]
+    if _BETWEEN in text and not Path(text).is_dir():
+        cuts = [match.start() for match in re.finditer(_BETWEEN, text)]
+        pairs = [[text[:cut], text[cut + len(_BETWEEN) :]] for cut in cuts]
+        there = (pair for pair in pairs if all(map(os.path.isdir, pair)))
+        parts = next(there, pairs[-1])
     if not all(parts):
         raise RecipeError(
             f"the update '{text}' is not NEW or NEW{_BETWEEN}OLD",

@@ -44,7 +44,7 @@ def show_plan(out: Output, job: Job, threads: int, groups: list[GroupRecord]) ->
                 "peak_memory_bytes": peak,
                 "threads": threads,
                 "compiled": native.COMPILED,
-                **({"groups": {each.name: each.as_dict() for each in groups}} if groups else {}),
+                **({"groups": _as_dict(groups)} if steering.measured else {}),
                 "warnings": plan.warnings,
             }
         )
@@ -82,7 +82,7 @@ def show_plan(out: Output, job: Job, threads: int, groups: list[GroupRecord]) ->
                 for step in plan.steps
             ],
         )
-    _show_groups(out, {each.name: each.as_dict() for each in groups})
+    _show_groups(out, _as_dict(groups) or {})
     if steering.measured and not groups:
         out.note("the coefficients are measured when it runs")
     out.warn(plan.warnings)
@@ -115,6 +115,11 @@ def _show_groups(out: Output, groups: Mapping[str, Mapping[str, Any]]) -> None:
         ],
     )
     out.line("")
+
+
+def _as_dict(groups: list[GroupRecord]) -> dict[str, dict[str, object]] | None:
+    """Return the groups as plain values; nothing where they are measured at the run only."""
+    return {each.name: each.as_dict() for each in groups} or None
 
 
 def _group_cell(value: object) -> str:
