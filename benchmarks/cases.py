@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,7 +118,7 @@ def measure_steered(bench: Bench) -> Findings:
     """Measure stochastic rounding, and steps that a third checkpoint decides, against α·v."""
     pair = bench.pair(write_model_pair, geometry(bench.size), bench.shards)
     third = bench.root / "third"
-    aside(write_model_pair, Pair(pair.original, third), geometry(bench.size), bench.shards)
+    shutil.copytree(pair.unlearned, third)
     made = bench.root / "merged"
 
     def run(name: str, *options: str | Path) -> Contender:
