@@ -106,6 +106,20 @@ class TestBucketFolder(FolderContract):
 
 
 class TestMerging:
+    def test_a_step_along_and_away_from_what_is_in_the_bucket(self, case: Case) -> None:
+        steering = ("--alpha", 1, "--away-from", "{0}", "--always", "--add", "{0}=0.5", "--rank", 2)
+        found = []
+        for original, unlearned, out in (
+            (case.original, case.unlearned, case.output),
+            ("original", "unlearned", case.root / "here"),
+        ):
+            words = [str(word).format(unlearned) for word in steering]
+            done = case.cli(original, unlearned, "-o", out, "-q", "--rank-all", *words)
+            assert done.code == 0, done
+            at_home = isinstance(out, Path)
+            found.append(contents(out) if at_home else case.bucket.contents("out"))
+        assert differing(*found) <= NAMED
+
     def test_from_bucket_to_bucket_as_from_disk_to_disk(self, case: Case) -> None:
         assert case.run().code == 0
         found = case.bucket.contents("out")

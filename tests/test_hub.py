@@ -69,6 +69,24 @@ class TestMerge:
         assert shard["tag"] == identity("model.safetensors", body)
         assert str(place.cache) not in card + json.dumps(manifest)
 
+    def test_updates_of_a_step_may_be_repositories(self, place: Place) -> None:
+        related = place.hub.push("org/related", place.unlearned)
+        steering = ("--along", "org/related", "--add", f"org/related@@{TUNED}=0.5")
+        place.succeed(*steering)
+        command = json.loads((place.out / "uipe_merge.json").read_text())["command"]
+        assert f"--along org/related@{related}" in command
+        assert f"--add org/related@{related}@@{TUNED}@{place.commits[1]}=0.5" in command
+        assert weights(place.out) == self.steered_locally(place)
+
+    @staticmethod
+    def steered_locally(place: Place) -> dict[str, bytes]:
+        local = place.root / "steered"
+        update = f"{place.unlearned}@@{place.unlearned}=0.5"
+        words = ("--along", place.unlearned, "--add", update)
+        done = place.run(place.original, place.unlearned, "--alpha", 2, "-o", local, *words)
+        assert done.code == 0, done
+        return weights(local)
+
     def test_one_side_may_be_a_directory(self, place: Place) -> None:
         place.succeed(pair=(place.original, TUNED))
         assert not any("/base" in each.path for each in place.hub.requests)

@@ -76,8 +76,8 @@ def _draft(
     """Decide the operation of one tensor of the adapter, with α of the tensor it changes."""
     spec = adapter.stored[name]
     if target := adapter.replaced.get(name):
-        return draft(name, pairing.pairs[target][0], spec, recipe, alphas[target])
+        return draft(name, pairing.pairs[target][0], spec, recipe, alphas[target], name)
     if target := adapter.left.get(name):
-        return draft(name, spec._replace(home=ZERO), spec, recipe, alphas[target])
+        return draft(name, spec._replace(home=ZERO), spec, recipe, alphas[target], name)
     # An A stays, whatever α is: it is carried over as all is at α = 0.
-    return draft(name, spec, spec, recipe, 0.0)._replace(alpha=recipe.alpha)
+    return draft(name, spec, spec, recipe, 0.0, name)._replace(alpha=recipe.alpha)

@@ -28,6 +28,12 @@ class Place(NamedTuple):
     kind: str
 
 
+def natural(name: str) -> list[tuple[bool, int, str]]:
+    """Return what names are sorted by so that layer 10 comes after layer 9."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
+
+
 def stack(name: str) -> str:
     """Return the beginning of a name up to the number of its layer: which stack it is in."""
     match = _LAYER.search(name)

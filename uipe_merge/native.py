@@ -33,11 +33,15 @@ def covers(step: Step) -> bool:
     """Tell whether a step can be done here."""
     if step.operation != "extrapolate" or not COMPILED:
         return False
-    if step.changed or step.dtype.name not in _TYPES or len(step.terms) > _MOST:
+    assert step.original is not None  # noqa: S101 - the plan gives it for this operation
+    if step.changed or step.dtype.name not in _TYPES:
         return False
-    operands = step.operands
-    known = all(spec.dtype.name in _TYPES and noise is None for _, spec, noise in operands)
-    return known and len(operands) <= _MOST
+    if step.source.dtype.name not in _TYPES or step.original.dtype.name not in _TYPES:
+        return False
+    if not step.further:
+        return len(step.terms) <= _MOST
+    known = all(spec.dtype.name in _TYPES and noise is None for _, spec, noise in step.further)
+    return known and max(len(step.terms), 2 + len(step.further)) <= _MOST
 
 
 def suffices(plan: Plan) -> bool:

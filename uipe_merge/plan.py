@@ -116,6 +116,14 @@ class Step(NamedTuple):
         return [Operand(0 if self.from_original else 1, self.source)]
 
     @property
+    def specs(self) -> list[TensorSpec]:
+        """The tensors that it reads."""
+        specs = [self.source] if self.original is None else [self.original, self.source]
+        if self.further:
+            specs += [operand.spec for operand in self.further]
+        return specs
+
+    @property
     def elements(self) -> int:
         """Number of elements."""
         return self.source.elements
@@ -123,8 +131,9 @@ class Step(NamedTuple):
     @property
     def changed(self) -> bool:
         """Whether a side is not what is stored: scales are multiplied in, or factors added."""
-        plain = self.source.plain and (self.original is None or self.original.plain)
-        return not plain or any(not operand.spec.plain for operand in self.further)
+        if not (self.source.plain and (self.original is None or self.original.plain)):
+            return True
+        return bool(self.further) and any(not each.spec.plain for each in self.further)
 
     def ranges(self, size: int) -> Iterator[tuple[int, int]]:
         """Cut it into ``(first element, elements)`` of at most ``size``, each in one piece."""
@@ -230,7 +239,7 @@ class Plan(NamedTuple):
     @property
     def read_bytes(self) -> int:
         """Bytes of tensors that the writing pass reads from all inputs."""
-        specs = (operand.spec for step in self.steps for operand in step.sides)
+        specs = (spec for step in self.steps for spec in step.specs)
         return sum(spec.nbytes for spec in specs if spec.home != ZERO)
 
     def alphas(self) -> dict[float, int]:
@@ -257,7 +266,7 @@ class Plan(NamedTuple):
             remote: Whether a network is read from or written to.
         """
         steps = list(self.steps)
-        sides = [operand.spec for step in steps for operand in step.sides]
+        sides = [spec for step in steps for spec in step.specs]
         pieces = [piece for side in sides if side.pieces for piece in side.pieces]
         dtypes = {each.dtype for each in (*sides, *pieces)} | {step.dtype for step in steps}
         widest = max((dtype.bits // 8 for dtype in dtypes), default=0)
@@ -308,7 +317,7 @@ class Plan(NamedTuple):
 def _beside_bytes(step: Step) -> int:
     """Return the bytes of the factors and scales of one tensor, widened to float32."""
     counts = [part.elements for factor in _factors(step) for part in factor.tensors]
-    for _, side, _ in step.sides:
+    for side in step.specs:
         if side.scales is not None:
             # Scales are spread over the elements of a cell, in whole rows.
             counts += [side.scales.values.elements, CELL + 2 * max(side.shape[-1:], default=1)]
@@ -320,7 +329,7 @@ def _has_norms(step: Step) -> bool:
 
 
 def _factors(step: Step) -> list[Factor]:
-    return [factor for operand in step.sides for factor in operand.spec.factors]
+    return [factor for spec in step.specs for factor in spec.factors]
 
 
 def shard_blocks(plan: Plan, shard: int, size: int = BLOCK) -> Iterator[Block]:

@@ -13,6 +13,7 @@ from uipe_merge.coefficients import resolve
 from uipe_merge.errors import RecipeError, UsageError
 from uipe_merge.naming import place, stack
 from uipe_merge.plan import Directions, Operand, Operation, Plan, Shard, Step
+from uipe_merge.steering import PLAIN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -42,6 +43,13 @@ class Further(NamedTuple):
     shards: tuple[list[ShardInput], ...]
     directions: Directions
     warnings: list[str]
+
+    def operands(self, name: str) -> tuple[Operand, ...]:
+        """Return what they have of a tensor; of one that is not extrapolated, nothing."""
+        if not self.specs:
+            return ()
+        found = ((side, specs.get(name)) for side, specs in self.specs.items())
+        return tuple(Operand(side, spec) for side, spec in found if spec is not None)
 
 
 NOTHING_FURTHER = Further({}, (), Directions(), [])
@@ -75,19 +83,15 @@ def make_plan(
     drafts = [
         _kept(name, pairing.kept[name], recipe)
         if name in pairing.kept
-        else draft(
-            name,
-            *pairing.pairs[name],
-            recipe,
-            alphas[name],
-            further=tuple(
-                Operand(side, specs[name]) for side, specs in further.specs.items() if name in specs
-            ),
-            parameter=tied.get(name, name),
-        )
+        else draft(name, *pairing.pairs[name], recipe, alphas[name], tied.get(name, name))
         for name in [*unlearned.tensors, *added]
         if name in pairing.pairs or name in pairing.kept
     ]
+    if recipe.steering.active:
+        drafts = [
+            _steered(step, recipe, further.operands(step.name), tied.get(step.name, step.name))
+            for step in drafts
+        ]
     layout = {name: spec.file for name, spec in unlearned.tensors.items()}
     if unlearned.adapter is not None:  # what it replaces lies in its own file
         layout |= unlearned.adapter.places
@@ -139,47 +143,48 @@ def draft(
     unlearned: TensorSpec,
     recipe: Recipe,
     alpha: float,
-    *,
-    further: tuple[Operand, ...] = (),
-    parameter: str = "",
+    parameter: str,
 ) -> Step:
     """Decide the operation of one tensor; its place in the output is not known yet.
 
-    ``parameter`` is the name of the tensor that it is tied to, if it is: what is drawn by chance
-    or taken over a group is then the same for both.
+    ``parameter`` is the name of the tensor that it is tied to, or its own: what is drawn by
+    chance is drawn for that.
     """
-    parameter = parameter or name
     dtype = unlearned.kept_dtype
     if recipe.dtype != "auto" and dtype.name in CONVERTIBLE:
         dtype = OUTPUT_DTYPES[recipe.dtype]
-    steered = recipe.steering.active
+    steering = recipe.steering
+    steered = steering is not PLAIN and steering.active
     from_original = alpha == -1 and original.plain and not steered
     source = original if from_original else unlearned
     other: TensorSpec | None = None
     operation: Operation
-    group = ""
     if not unlearned.dtype.computes:
         operation = "copy" if from_original else "keep"
-        other, further = None if from_original else original, ()
+        other = None if from_original else original
         dtype = source.dtype
-    elif ((alpha == 0 and not recipe.steering.add) or from_original) and source.plain:
-        operation, further = _carried(source, dtype), ()
+    elif ((alpha == 0 and not steering.add) or from_original) and source.plain:
+        operation = _carried(source, dtype)
     else:
         operation, other = "extrapolate", original
-        if steered and alpha != 0:
-            group = _group(parameter, recipe.steering.granularity)
-        if recipe.steering.control == "random":
-            further = (
-                *further,
-                _random(unlearned, noise_key(recipe.seed, f"control\0{parameter}")),
-            )
     nbytes = source.elements * dtype.bits // 8
     noise: int | None = None
     amplified = operation == "extrapolate" and (steered or alpha not in (0, -1))
     if recipe.rounding == "stochastic" and amplified and dtype.name in _BY_CHANCE:
         noise = noise_key(recipe.seed, parameter)
-    step = Step(name, operation, alpha, source, other, dtype, 0, nbytes, from_original, noise)
-    return step._replace(further=further, group=group, parameter=parameter) if steered else step
+    return Step(name, operation, alpha, source, other, dtype, 0, nbytes, from_original, noise)
+
+
+def _steered(step: Step, recipe: Recipe, further: tuple[Operand, ...], parameter: str) -> Step:
+    """Give a step the operands that its terms may need, and the group it is measured in."""
+    if step.operation != "extrapolate":
+        return step
+    steering = recipe.steering
+    if steering.control == "random":
+        key = noise_key(recipe.seed, f"control\0{parameter}")
+        further = (*further, _random(step.source, key))
+    group = _group(parameter, steering.granularity) if step.alpha else ""
+    return step._replace(further=further, group=group, parameter=parameter)
 
 
 def _random(spec: TensorSpec, key: int) -> Operand:

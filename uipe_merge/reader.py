@@ -149,7 +149,7 @@ def owner(spec: TensorSpec, side: int) -> tuple[int, str]:
 
 def widest_input(plan: Plan) -> int:
     """Return the bytes of the widest element that a plan reads."""
-    read = [operand.spec for step in plan.steps for operand in step.sides]
+    read = [spec for step in plan.steps for spec in step.specs]
     plain = [piece for spec in read for piece in spec.pieces or (spec,)]
     return max((spec.dtype.bits // 8 for spec in plain), default=1)
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from uipe_merge.arithmetic.terms import Term, Vector
 from uipe_merge.errors import NumericError
+from uipe_merge.naming import natural
 from uipe_merge.recipe import ALPHA_LIMIT
 
 if TYPE_CHECKING:
@@ -149,6 +150,7 @@ def resolve(
         made |= found
         if products:
             records.append(record)
+    records.sort(key=lambda record: natural(record.name))
     shards = [
         shard._replace(steps=[_resolved(plan, step, made.get(step.name)) for step in shard.steps])
         for shard in plan.shards

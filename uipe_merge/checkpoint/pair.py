@@ -239,9 +239,11 @@ def _tied(config: Mapping[str, object]) -> bool:
 
 def tied_names(checkpoint: Checkpoint) -> tuple[str, str]:
     """Return the stored head and the embedding it is tied to; empty where that is not so."""
+    if not _tied(checkpoint.config):
+        return "", ""
     heads = [name for name in checkpoint.tensors if _HEAD.search(name)]
     embedding = _embedding(checkpoint.tensors)
-    if not _tied(checkpoint.config) or len(heads) != 1 or embedding is None:
+    if len(heads) != 1 or embedding is None:
         return "", ""
     return heads[0], embedding.name
 
