@@ -45,7 +45,7 @@ $(RUN_OK): $(VENV_OK) $(BUILT_FROM)
 
 # Includes all of the above, hence both stamps.
 $(DEV_OK): $(VENV_OK) $(BUILT_FROM)
-	@$(PIP) -c constraints.txt -e '.[plot,dev]'
+	@$(PIP) -c constraints.txt -e '.[plot,study,dev]'
 	@touch $(RUN_OK) $@
 
 # ---------------------------------------------------------------------- use
@@ -92,7 +92,7 @@ wheel: $(DEV_OK) ## sdist and wheel in dist/, checked
 constraints: ## resolve the dependencies anew into constraints.txt
 	@rm -rf $(VENV)-resolve
 	@$(PYTHON) -m venv $(VENV)-resolve
-	$(VENV)-resolve/bin/python -m pip --disable-pip-version-check install -q '.[plot,dev]' $(KEEP)
+	$(VENV)-resolve/bin/python -m pip --disable-pip-version-check install -q '.[plot,study,dev]' $(KEEP)
 	@{ grep '^#' constraints.txt; \
 	   $(VENV)-resolve/bin/python -m pip --disable-pip-version-check freeze --exclude uipe-merge \
 	   | sed 's/+[A-Za-z0-9.]*$$//' | grep -v -i -E '^(nvidia|cuda|triton)'; } > constraints.tmp

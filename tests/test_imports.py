@@ -237,7 +237,11 @@ def test_only_the_command_line_prints_and_exits() -> None:
 def test_every_library_is_declared() -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)["project"]
-    requirements = project["dependencies"] + project["optional-dependencies"]["plot"]
+    requirements = project["dependencies"] + [
+        requirement
+        for extra in ("plot", "study")
+        for requirement in project["optional-dependencies"][extra]
+    ]
     names = {re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower() for requirement in requirements}
     declared = {MODULE_OF.get(name, name.replace("-", "_")) for name in names}
     undeclared = [
