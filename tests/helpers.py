@@ -89,8 +89,8 @@ def shards_written(
     with hold(staging.partial):
         staging.begin({"block": block}, overwrite=False)
         executor = Serial() if width == 1 else Threads(width)
-        records = write_shards(
-            prepared.plan, prepared.pair, staging, filesystem, executor, Silent(), block=block
+        [records] = write_shards(
+            [prepared.plan], prepared.pair, [staging], filesystem, executor, Silent(), block=block
         )
         return contents(staging.model), records
 

@@ -48,6 +48,7 @@ LAYERS: list[set[str]] = [
     {"adapter_plan"},
     {"planning"},
     {"coefficients"},
+    {"cutting"},
     {"plan"},
     {"recipe_file"},
     {"recipe"},

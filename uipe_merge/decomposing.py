@@ -18,6 +18,7 @@ from uipe_merge.checkpoint.header import ZERO, Factor, encode_header, read_heade
 from uipe_merge.checkpoint.model import Checkpoint, ShardInput
 from uipe_merge.checkpoint.storage import LocalFolder
 from uipe_merge.coherent import at_once, targets
+from uipe_merge.cutting import ranges
 from uipe_merge.errors import NumericError
 from uipe_merge.guard import Guard
 from uipe_merge.once import Once
@@ -178,7 +179,7 @@ class FactorsWorker:
 
         steering = self._plan.recipe.steering
         update = torch.empty(rows * columns, dtype=torch.float32)
-        for start, count in step.ranges(BLOCK):
+        for start, count in ranges([step], BLOCK):
             if start < first + len(update) and start + count > first:
                 self._fill(update, step, start, count, first)
         if not bool(torch.isfinite(update).all()):
@@ -194,6 +195,7 @@ class FactorsWorker:
         """Copy what a block holds of the matrix that begins at element ``first``."""
         begin, end = max(start, first), min(start + count, first + len(update))
         here = step.at(begin, end - begin)
+        self._reader.begin()
         operands = self._reader.operands(here, end - begin)
         cells = self._deltas.at(step, begin)
         for at, values in self._kernels.update(here, operands, cells):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from uipe_merge.checkpoint.header import Factor, TensorSpec
-    from uipe_merge.plan import Step
+    from uipe_merge.plan import Operand, Step
 
 Growths = Once[torch.Tensor]
 """What the threads of a run share: of each DoRA matrix m/‖W + c·B·A‖ − 1, one per output."""
@@ -52,7 +52,7 @@ class Deltas:
         self._pair = pair
         self._growths = growths
         self._reader = BlockReader(pair, 1, 1)
-        self._name = ""
+        self._operands: list[Operand] = []
         self._factors: list[list[Loaded]] = []
         self._scales: list[torch.Tensor | None] = []
 
@@ -67,10 +67,10 @@ class Deltas:
         if not step.elements or not (step.changed or random):
             return no_deltas
         work = working(step)
-        if step.name != self._name:
+        if operands != self._operands:
             self._factors = [self._load(spec, side, work) for side, spec, _ in operands]
             self._scales = [self._load_scales(spec, side, work) for side, spec, _ in operands]
-            self._name = step.name
+            self._operands = operands
 
         def cells(start: int, stored: Sequence[torch.Tensor]) -> list[Change | None]:
             at, count = first + start, stored[0].numel()

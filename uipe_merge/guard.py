@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from uipe_merge.bits import BitScanner, NonFinite, combine
 from uipe_merge.checkpoint.dtypes import DTYPES
 from uipe_merge.checkpoint.header import ZERO
+from uipe_merge.cutting import ranges
 from uipe_merge.errors import NumericError
 from uipe_merge.plan import BLOCK, Plan, Step
 from uipe_merge.reader import BlockReader, Pair, shown, widest_input
@@ -90,13 +91,14 @@ class Guard:
         from uipe_merge.deltas import Deltas, Growths  # imports torch
 
         count, largest = 0, 0.0
-        reader = BlockReader(self._pair, widest_input(self._plan), BLOCK, len(step.operands))
+        reader = BlockReader(self._pair, widest_input(self._plan), BLOCK)
         deltas = Deltas(self._pair, Growths())
         try:
-            for start, elements in step.ranges(BLOCK):
+            for start, elements in ranges([step], BLOCK):
                 here = step.at(start, elements)
+                reader.begin()
                 if step.operation == "cast":
-                    operands = [reader.read(here.source, side, 0, elements)] * 2
+                    operands = [reader.shared(here.source, side, elements)] * 2
                 else:
                     operands = reader.operands(here, elements)
                 cells = deltas.at(step, start)

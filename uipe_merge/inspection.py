@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from uipe_merge import native
 from uipe_merge.bits import count_differing
 from uipe_merge.checkpoint.pair import match
+from uipe_merge.cutting import Block, blocks
 from uipe_merge.fetching import fetch, require_room, wanted
 from uipe_merge.guard import Guard
 from uipe_merge.inspected import Gathered, Inspection
@@ -15,7 +16,7 @@ from uipe_merge.measuring import measure, to_measure
 from uipe_merge.naming import place
 from uipe_merge.once import Once
 from uipe_merge.opening import hold_further, open_folders, open_further, open_pair
-from uipe_merge.plan import BLOCK, Block, Plan, blocks
+from uipe_merge.plan import BLOCK, Plan
 from uipe_merge.planning import make_plan
 from uipe_merge.reader import BlockReader, Pair, widest_input
 from uipe_merge.steering import PLAIN
@@ -140,8 +141,8 @@ class InspectWorker:
         assert step.original is not None  # noqa: S101 - such a plan reads both sides of all
         here = step.at(block.start, block.elements)
         assert here.original is not None  # noqa: S101 - as above
-        original = self._reader.read(here.original, 0, 0, block.elements)
-        unlearned = self._reader.read(here.source, 1, 0, block.elements)
+        self._reader.begin()
+        original, unlearned = self._reader.operands(here, block.elements)
         if step.operation == "keep":
             differing = count_differing(original, unlearned, step.source.dtype.bits // 8)
             return block, [(0.0, 0.0, float(differing))]
@@ -176,4 +177,4 @@ class InspectWorker:
 
 
 def _items(plan: Plan, width: int) -> Iterator[Block]:
-    return blocks(plan, range(len(plan.shards)), width)
+    return blocks([plan], range(len(plan.shards)), width)

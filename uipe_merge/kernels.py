@@ -67,13 +67,12 @@ class Kernels:
     def extrapolate(
         self,
         step: Step,
-        original: memoryview,
-        unlearned: memoryview,
+        operands: Sequence[memoryview],
         out: memoryview,
         deltas: DeltaCells = no_deltas,
         first: int = 0,
     ) -> Iterator[tuple[Moments, bool]]:
-        """Fill ``out`` with θᵤ + α·v, cell by cell; the three hold the same elements.
+        """Fill ``out`` with θᵤ + α·v, cell by cell; θ₀, θᵤ and it hold the same elements.
 
         ``first`` is the element of the tensor that they begin at.
 
@@ -82,6 +81,7 @@ class Kernels:
         only a square, is not finite.
         """
         cell = self._cell(step)
+        original, unlearned = operands
         for piece in pieces(step, original, unlearned, out, deltas):
             at, count = first, len(piece.out)
             first += count

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from uipe_merge import native
 from uipe_merge.checkpoint.header import ZERO
+from uipe_merge.cutting import Block, blocks
 from uipe_merge.errors import NumericError
 from uipe_merge.guard import Guard
 from uipe_merge.once import Once
-from uipe_merge.plan import BLOCK, NUMERICS, Block, Plan, Shard, blocks
+from uipe_merge.plan import BLOCK, NUMERICS, Plan, Shard
 from uipe_merge.reader import BlockReader, Pair, shown, widest_input
 from uipe_merge.report import exact_sum
 from uipe_merge.resolving import UPDATE, Products, measured_vectors, narrowed
@@ -106,7 +107,7 @@ def measure(
     def make_worker() -> ProductsWorker:
         return ProductsWorker(measured, pair, growths, block)
 
-    items = blocks(plan, range(len(plan.shards)), executor.width, block)
+    items = blocks([plan], range(len(plan.shards)), executor.width, block)
     for done, rows in executor.run(make_worker, items):
         step = plan.shards[done.shard].steps[done.step]
         stored = [spec for _, spec, _ in step.operands if spec.home != ZERO]
@@ -129,8 +130,7 @@ class ProductsWorker:
         """Allocate the buffers of one thread."""
         self._plan, self._vectors = measured
         self._pair = pair
-        operands = max(len(step.operands) for step in self._plan.steps)
-        self._reader = BlockReader(pair, widest_input(self._plan), block, operands)
+        self._reader = BlockReader(pair, widest_input(self._plan), block)
         self._guard = Guard(self._plan, pair)
         self._growths = growths
         self._lazy: tuple[Kernels, Deltas] | None = None
@@ -139,6 +139,7 @@ class ProductsWorker:
         """Return the block and the inner products of each of its cells."""
         whole = self._plan.shards[block.shard].steps[block.step]
         step = whole.at(block.start, block.elements)
+        self._reader.begin()
         operands = self._reader.operands(step, block.elements)
         vectors = self._vectors[whole.name]
         if native.covers(step):

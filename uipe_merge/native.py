@@ -51,13 +51,14 @@ def suffices(plan: Plan) -> bool:
 
 
 def extrapolate(
-    step: Step, original: memoryview, unlearned: memoryview, out: memoryview, first: int = 0
+    step: Step, operands: Sequence[memoryview], out: memoryview, first: int = 0
 ) -> list[tuple[float, ...]] | None:
     """Fill ``out`` with θᵤ + α·v; return the moments of each cell as in ``arithmetic.blocks``.
 
-    ``first`` is the element of the tensor that the buffers begin at. ``None`` if one of them
-    is not finite; the content of ``out`` means nothing then.
+    ``operands`` are θ₀ and θᵤ, ``first`` is the element of the tensor that they begin at.
+    ``None`` if one of the moments is not finite; the content of ``out`` means nothing then.
     """
+    original, unlearned = operands
     found = _run(step, original, unlearned, out, first)
     return found and [moments[:5] for moments in found]
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from uipe_merge.checkpoint.header import ZERO
 from uipe_merge.checkpoint.index import encode_index
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from uipe_merge.arithmetic.terms import Term, Vector
     from uipe_merge.checkpoint.dtypes import DType
@@ -135,15 +134,6 @@ class Step(NamedTuple):
             return True
         return bool(self.further) and any(not each.spec.plain for each in self.further)
 
-    def ranges(self, size: int) -> Iterator[tuple[int, int]]:
-        """Cut it into ``(first element, elements)`` of at most ``size``, each in one piece."""
-        seams = {*self.source.seams(), *(self.original.seams() if self.original else ())}
-        for operand in self.further:
-            seams.update(operand.spec.seams())
-        for begin, end in pairwise([*sorted(seams), self.elements]):
-            for start in range(begin, max(end, begin + 1), size):
-                yield start, min(size, end - start)
-
     def at(self, start: int, count: int) -> Step:
         """Return the step of one of its ranges, with the piece of each side that it lies in."""
         original = self.original and self.original.part(start, count)
@@ -168,26 +158,6 @@ class Shard(NamedTuple):
     header: bytes
     steps: list[Step]
     size: int
-
-
-class Block(NamedTuple):
-    """A piece of a tensor: the unit of work.
-
-    Attributes:
-        shard: Index of the shard in the plan.
-        step: Index of the step in the shard.
-        start: First element.
-        elements: Number of elements.
-        sequence: Position of the block in its shard, from 0.
-        last: Whether it is the last of its shard.
-    """
-
-    shard: int
-    step: int
-    start: int
-    elements: int
-    sequence: int
-    last: bool
 
 
 class Directions(NamedTuple):
@@ -330,36 +300,3 @@ def _has_norms(step: Step) -> bool:
 
 def _factors(step: Step) -> list[Factor]:
     return [factor for spec in step.specs for factor in spec.factors]
-
-
-def shard_blocks(plan: Plan, shard: int, size: int = BLOCK) -> Iterator[Block]:
-    """Cut one shard into blocks of at most ``size`` elements (a multiple of ``CELL``)."""
-    steps = plan.shards[shard].steps
-    sequence = 0
-    for index, step in enumerate(steps):
-        # An empty tensor still is a block, so that it is counted and recorded.
-        for start, count in step.ranges(size):
-            last = index == len(steps) - 1 and start + count == step.elements
-            yield Block(shard, index, start, count, sequence, last)
-            sequence += 1
-
-
-def blocks(plan: Plan, shards: Iterable[int], width: int, size: int = BLOCK) -> Iterator[Block]:
-    """Interleave the blocks of ``width`` shards at a time.
-
-    The bytes of one file are hashed in their order, by one thread at a time; working on as
-    many files as there are threads keeps the threads from waiting for one another.
-    """
-    waiting = iter(shards)
-    active: list[Iterator[Block]] = []
-    while True:
-        while len(active) < width and (shard := next(waiting, None)) is not None:
-            active.append(shard_blocks(plan, shard, size))
-        if not active:
-            return
-        for stream in list(active):
-            block = next(stream, None)
-            if block is None:
-                active.remove(stream)
-            else:
-                yield block

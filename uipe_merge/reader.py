@@ -34,12 +34,17 @@ class Pair(NamedTuple):
 class BlockReader:
     """Reads blocks of tensors into reused buffers, one for each operand."""
 
-    def __init__(self, pair: Pair, element_bytes: int, block: int, operands: int = 2) -> None:
-        """Allocate for blocks of ``block`` elements of at most ``element_bytes``."""
+    def __init__(self, pair: Pair, element_bytes: int, block: int) -> None:
+        """Prepare for blocks of ``block`` elements of at most ``element_bytes``.
+
+        A buffer is made when it is first needed, and used for every block from then on.
+        """
         self._sides = pair.sides
         self._stamps = [_stamps(checkpoint) for checkpoint in self._sides]
         self._files: list[tuple[tuple[str, str], InputFile] | None] = [None] * len(self._sides)
-        self._buffers = [allocate(block * element_bytes) for _ in range(operands)]
+        self._buffers: list[memoryview] = []
+        self._buffer_bytes = block * element_bytes
+        self._seen: dict[tuple[str, str, int], memoryview] = {}
         self._block = block
 
     def read(
@@ -49,35 +54,43 @@ class BlockReader:
         start: int,
         count: int,
         offset: int = 0,
-        buffer: int | None = None,
+        buffer: int = 0,
     ) -> memoryview:
         """Return ``count`` elements from ``start`` as bytes, valid until the buffer's next read.
 
-        ``side`` is 0 for the original, 1 for the unlearned checkpoint, whose buffers are those of
-        the same numbers; another is named by ``buffer``. ``offset`` is where the bytes would go
-        in a file; see ``aligned``.
+        ``side`` is 0 for the original, 1 for the unlearned checkpoint, further ones follow.
+        ``offset`` is where the bytes would go in a file; see ``aligned``.
         """
+        while len(self._buffers) <= buffer:
+            self._buffers.append(allocate(self._buffer_bytes))
         size = spec.dtype.bits // 8
-        view = placed(self._buffers[side if buffer is None else buffer], count * size, offset)
+        view = placed(self._buffers[buffer], count * size, offset)
         if spec.home == ZERO:
             view[:] = bytes(len(view))
         elif count:
             self._open(spec, side).read_into(view, spec.offset + start * size)
         return view
 
+    def begin(self) -> None:
+        """Begin a block: what was read for the last one is read again."""
+        self._seen = {}
+
+    def shared(self, spec: TensorSpec, side: int, count: int, offset: int = 0) -> memoryview:
+        """Return a block of a tensor, valid until ``begin``; bytes that were read are not again.
+
+        ``offset`` is where the bytes would go in a file; see ``aligned``.
+        """
+        at, home = owner(spec, side)
+        # A tensor that is in no file is told from others by the size of its elements alone.
+        where = spec.dtype.name if home == ZERO else self._sides[at].folders[home].location
+        key = (where, spec.file, spec.offset)
+        if key not in self._seen:
+            self._seen[key] = self.read(spec, side, 0, count, offset, len(self._seen))
+        return self._seen[key]
+
     def operands(self, step: Step, count: int, offset: int = 0) -> list[memoryview]:
-        """Read a block of all operands; bytes that two of them share are read once."""
-        views: list[memoryview] = []
-        seen: dict[tuple[str, str, int], memoryview] = {}
-        for number, (side, spec, _) in enumerate(step.operands):
-            at, home = owner(spec, side)
-            # A tensor that is in no file is of this operand alone, for the size of its elements.
-            where = str(number) if home == ZERO else self._sides[at].folders[home].location
-            key = (where, spec.file, spec.offset)
-            if key not in seen:
-                seen[key] = self.read(spec, side, 0, count, offset, number)
-            views.append(seen[key])
-        return views
+        """Read a block of all operands, as ``shared``."""
+        return [self.shared(spec, side, count, offset) for side, spec, _ in step.operands]
 
     def whole(self, spec: TensorSpec, side: int) -> bytearray:
         """Return all bytes of a small tensor in a buffer of their own."""
@@ -92,8 +105,7 @@ class BlockReader:
         for piece in spec.pieces or (spec,):
             for start in range(0, piece.elements, self._block):
                 count = min(self._block, piece.elements - start)
-                data = self.read(piece, side, start, count, buffer=0)
-                yield first + start, piece.dtype, data
+                yield first + start, piece.dtype, self.read(piece, side, start, count)
             first += piece.elements
 
     def close(self) -> None:

@@ -60,10 +60,10 @@ def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress
             resumed = len(staging.done)
             try:
                 settled = settle(job, staging.measured, filesystem, executor, progress)
-                records = write_shards(
-                    settled.plan,
+                [records] = write_shards(
+                    [settled.plan],
                     settled.pair,
-                    staging,
+                    [staging],
                     filesystem,
                     executor,
                     progress,

@@ -1,6 +1,7 @@
 """One thread's work on one block: read, compute, write. Buffers are made once and reused.
 
-torch is imported when the first block that needs arithmetic comes; a plan of copies runs
+Several plans that differ in their coefficients alone are done together: a block is read once for
+all of them. torch is imported when the first block comes that needs it; a plan of copies runs
 without it.
 """
 
@@ -12,15 +13,33 @@ from uipe_merge import native
 from uipe_merge.aligned import allocate, placed
 from uipe_merge.bits import count_differing
 from uipe_merge.guard import Guard
-from uipe_merge.plan import BLOCK, Block, Plan, Step
+from uipe_merge.plan import BLOCK, Plan, Step
 from uipe_merge.reader import BlockReader, Pair, widest_input
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from uipe_merge.cutting import Block
     from uipe_merge.deltas import Deltas, Growths
     from uipe_merge.kernels import Kernels
     from uipe_merge.output.shard import ShardWriter
+
+Rows = list[tuple[float, ...]]
+"""The moments of every cell of a block; none for copies and casts."""
+
+
+class Written(NamedTuple):
+    """What came of a block in one of the outputs.
+
+    Attributes:
+        variant: Which of the plans it is of.
+        sums: One entry per cell: the moments. Empty for copies and casts.
+        sha256: Digest of the shard, if this block was its last.
+    """
+
+    variant: int
+    sums: Rows
+    sha256: str | None
 
 
 class BlockResult(NamedTuple):
@@ -28,23 +47,21 @@ class BlockResult(NamedTuple):
 
     Attributes:
         block: The block.
-        sums: One entry per cell: the five moments. Empty for copies and casts.
-        sha256: Digest of the shard, if this block was its last.
+        written: In each of the outputs that still lack its shard.
     """
 
     block: Block
-    sums: list[tuple[float, ...]]
-    sha256: str | None
+    written: list[Written]
 
 
 class MergeWorker:
-    """Does the blocks of a plan, one at a time."""
+    """Does the blocks of a plan, or of several at once, one at a time."""
 
     def __init__(
         self,
-        plan: Plan,
+        plans: Sequence[Plan],
         pair: Pair,
-        writer: Callable[[int], ShardWriter],
+        writers: Callable[[int], list[tuple[int, ShardWriter]]],
         growths: Growths,
         block: int = BLOCK,
         device: str = "cpu",
@@ -52,19 +69,18 @@ class MergeWorker:
         """Allocate the buffers of one thread.
 
         Args:
-            plan: The plan.
+            plans: The plans; their shards, tensors and offsets are the same.
             pair: Where to read.
-            writer: Gives the writer of a shard, by its index in the plan.
+            writers: Gives the writers of a shard, by its index, with the plans they are of.
             growths: What the threads share of DoRA adapters.
             block: Elements of a block at most.
             device: Where torch computes what is not compiled.
         """
-        self._plan = plan
-        self._writer = writer
-        operands = 2 + max((len(step.further) for step in plan.steps), default=0)
-        self._reader = BlockReader(pair, widest_input(plan), block, operands)
-        self._guard = Guard(plan, pair)
-        width = max((step.dtype.bits // 8 for step in plan.steps), default=1)
+        self._plans = plans
+        self._writers = writers
+        self._reader = BlockReader(pair, max(map(widest_input, plans)), block)
+        self._guards = [Guard(plan, pair) for plan in plans]
+        width = max((step.dtype.bits // 8 for step in plans[0].steps), default=1)
         self._out = allocate(block * width)
         self._pair = pair
         self._growths = growths
@@ -73,12 +89,17 @@ class MergeWorker:
 
     def __call__(self, block: Block) -> BlockResult:
         """Read, compute and write one block."""
-        shard = self._plan.shards[block.shard]
-        step = shard.steps[block.step]
-        data, sums = self._produce(step, step.at(block.start, block.elements), block)
-        writer = self._writer(block.shard)
-        writer.write(block.sequence, data, step.offset + block.start * (step.dtype.bits // 8))
-        return BlockResult(block, sums, writer.finish(shard.size) if block.last else None)
+        self._reader.begin()
+        written = []
+        for variant, writer in self._writers(block.shard):
+            shard = self._plans[variant].shards[block.shard]
+            step = shard.steps[block.step]
+            place = step.offset + block.start * (step.dtype.bits // 8)
+            data, sums = self._produce(self._guards[variant], step, block, place)
+            writer.write(block.sequence, data, place)
+            digest = writer.finish(shard.size) if block.last else None
+            written.append(Written(variant, sums, digest))
+        return BlockResult(block, written)
 
     def close(self) -> None:
         """Close the input files."""
@@ -87,77 +108,61 @@ class MergeWorker:
             self._lazy[1].close()
 
     def _produce(
-        self, whole: Step, step: Step, block: Block
-    ) -> tuple[memoryview, list[tuple[float, ...]]]:
-        """Return the output bytes of a block and the sums of its cells.
-
-        ``step`` is what ``whole`` does in this block, with the piece of either side it reads.
-        """
+        self, guard: Guard, whole: Step, block: Block, place: int
+    ) -> tuple[memoryview, Rows]:
+        """Return the output bytes of a block, to be written at ``place``, and its sums."""
+        step = whole.at(block.start, block.elements)
+        if step.operation == "extrapolate":
+            out = self._out_view(step, block, place)
+            operands = self._reader.operands(step, block.elements, place)
+            return out, self._compute(guard, whole, step, operands, block.start, out)
         side = 0 if step.from_original else 1
         # What is only copied goes to the disk from where it is read to.
-        place = step.offset + block.start * (step.dtype.bits // 8)
-        if step.terms:
-            return self._mix(whole, step, block)
-        source = self._reader.read(step.source, side, 0, block.elements, place)
-        if step.operation == "extrapolate":
-            return self._extrapolate(whole, step, block, source)
-        self._guard.check_bytes(source, step.source.dtype, whole.source, side)
+        source = self._reader.shared(step.source, side, block.elements, place)
+        guard.check_bytes(source, step.source.dtype, whole.source, side)
         if step.operation == "cast":
-            out = self._out_view(step, block)
-            self._kernels().cast(step, source, out)
-            self._guard.check_cast(out, whole, self._kernels())
+            out = self._out_view(step, block, place)
+            kernels, _ = self._arithmetic()
+            kernels.cast(step, source, out)
+            guard.check_cast(out, whole, kernels)
             return out, []
         if step.operation == "keep" and step.original is not None:
-            original = self._reader.read(step.original, 0, 0, block.elements)
+            original = self._reader.shared(step.original, 0, block.elements)
             differing = count_differing(original, source, step.dtype.bits // 8)
             return source, [(0.0, 0.0, 0.0, 0.0, float(differing))]
         return source, []
 
-    def _extrapolate(
-        self, whole: Step, step: Step, block: Block, unlearned: memoryview
-    ) -> tuple[memoryview, list[tuple[float, ...]]]:
-        assert step.original is not None  # noqa: S101 - the plan gives it for this operation
-        original = self._reader.read(step.original, 0, 0, block.elements)
-        out = self._out_view(step, block)
+    def _compute(
+        self,
+        guard: Guard,
+        whole: Step,
+        step: Step,
+        operands: Sequence[memoryview],
+        first: int,
+        out: memoryview,
+    ) -> Rows:
+        """Fill ``out`` with θᵤ and its step; return the moments of each cell.
+
+        ``step`` is what ``whole`` does from its element ``first`` on, with the piece of every
+        operand that it reads.
+        """
         if native.covers(step):
-            found = native.extrapolate(step, original, unlearned, out, block.start)
+            compiled = native.mix if step.terms else native.extrapolate
+            found = compiled(step, operands, out, first)
             if found is not None:
-                return out, found
-        sums: list[tuple[float, ...]] = []
+                return found
+        sums: Rows = []
         kernels, deltas = self._arithmetic()
-        cells = deltas.at(whole, block.start)
-        for moments, finite in kernels.extrapolate(
-            step, original, unlearned, out, cells, block.start
-        ):
+        cells = deltas.at(whole, first)
+        compute = kernels.mix if step.terms else kernels.extrapolate
+        for moments, finite in compute(step, operands, out, cells, first):
             if not finite:
-                self._guard.explain(whole, kernels)
+                guard.explain(whole, kernels)
             sums.append(tuple(moments))
-        return out, sums
+        return sums
 
-    def _mix(
-        self, whole: Step, step: Step, block: Block
-    ) -> tuple[memoryview, list[tuple[float, ...]]]:
-        operands = self._reader.operands(step, block.elements)
-        out = self._out_view(step, block)
-        if native.covers(step):
-            found = native.mix(step, operands, out, block.start)
-            if found is not None:
-                return out, found
-        sums: list[tuple[float, ...]] = []
-        kernels, deltas = self._arithmetic()
-        cells = deltas.at(whole, block.start)
-        for moments, finite in kernels.mix(step, operands, out, cells, block.start):
-            if not finite:
-                self._guard.explain(whole, kernels)
-            sums.append(tuple(moments))
-        return out, sums
-
-    def _out_view(self, step: Step, block: Block) -> memoryview:
-        size = step.dtype.bits // 8
-        return placed(self._out, block.elements * size, step.offset + block.start * size)
-
-    def _kernels(self) -> Kernels:
-        return self._arithmetic()[0]
+    def _out_view(self, step: Step, block: Block, place: int) -> memoryview:
+        return placed(self._out, block.elements * (step.dtype.bits // 8), place)
 
     def _arithmetic(self) -> tuple[Kernels, Deltas]:
         if self._lazy is None:
