@@ -151,6 +151,29 @@ def measure_steered(bench: Bench) -> Findings:
     )
 
 
+GRID = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
+
+
+def measure_grid(bench: Bench) -> Findings:
+    """Measure a grid of eight α against eight runs of one α each."""
+    pair = bench.pair(write_model_pair, geometry(bench.size // 4), bench.shards)
+    made = bench.root / "grid"
+    alphas = ",".join(map(str, GRID))
+    command: list[str | Path] = [PROGRAM, "grid", pair.original, pair.unlearned, "-o", made]
+    grid = Contender("grid of 8", [[*command, "--alphas", alphas, "--json"]], pair.both(), made)
+    runs = [_merge(pair, alpha, made / str(alpha)) for alpha in GRID]
+    single = Contender("8 single runs", [["mkdir", made], *runs], pair.both(), made)
+    found = interleave([single, grid], bench.runs, bench.say)
+    ratio = found[grid.name].wall / found[single.name].wall
+    size = f"a quarter of the size: {bench.size / 4e9:.2g} GB, so that eight fit in the memory"
+    return Findings(
+        "A grid of eight",
+        list(found.values()),
+        [Check("grid ÷ 8 single runs", ratio, 0.55), _memory(found[grid.name])],
+        [f"The checkpoints have {size}."],
+    )
+
+
 def measure_copy(bench: Bench) -> Findings:
     """Measure α = 0, which copies the unlearned checkpoint, against ``cp`` and ``sync``."""
     pair = bench.pair(write_model_pair, geometry(bench.size), bench.shards)
@@ -213,6 +236,7 @@ CASES: dict[str, Callable[[Bench], Findings]] = {
     "pair": measure_pair,
     "few": measure_few,
     "steered": measure_steered,
+    "grid": measure_grid,
     "copy": measure_copy,
     "tensor": measure_tensor,
 }

@@ -24,8 +24,11 @@ LAYERS: list[set[str]] = [
     {"demo"},
     {"plots"},
     {""},
+    {"loading"},
     {"api"},
+    {"study"},
     {"inspection"},
+    {"grids"},
     {"running"},
     {"finishing"},
     {"settling"},
@@ -33,6 +36,7 @@ LAYERS: list[set[str]] = [
     {"decomposing", "measuring"},
     {"engine"},
     {"fetching"},
+    {"inputs"},
     {"opening"},
     {"worker"},
     {"guard"},
@@ -57,7 +61,7 @@ LAYERS: list[set[str]] = [
     {"bits"},
     {"checkpoint"},
     {"arithmetic"},
-    {"aligned", "naming", "once", "progress", "errors", "_version"},
+    {"aligned", "harnesses", "naming", "once", "progress", "errors", "_version"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
@@ -199,9 +203,9 @@ def test_arithmetic_knows_only_torch() -> None:
         ("typer", {"cli"}),
         ("click", {"cli"}),
         ("rich", {"cli"}),
-        ("matplotlib", {"plots"}),
+        ("matplotlib", {"plots", "study"}),
         ("plotly", {"plots"}),
-        ("transformers", {"demo", "checkpoint"}),
+        ("transformers", {"demo", "checkpoint", "loading", "study"}),
     ],
 )
 def test_a_library_stays_in_its_layer(library: str, owners: set[str]) -> None:
@@ -307,6 +311,18 @@ def test_looking_costs_no_heavy_import(code: str) -> None:
     loaded = modules_loaded_by(code)
     assert "uipe_merge" in loaded
     assert loaded & HEAVY == set()
+
+
+def test_no_module_takes_the_place_of_an_export() -> None:
+    """``uipe_merge.plan`` is a function also when the module of that name has been loaded."""
+    modules = [name for name in SOURCES if name.count(".") == 1 and "__main__" not in name]
+    code = (
+        "import importlib, uipe_merge\n"
+        "before = {name: getattr(uipe_merge, name) for name in uipe_merge.__all__}\n"
+        f"for name in {modules!r}: importlib.import_module(name)\n"
+        "for name, export in before.items(): assert getattr(uipe_merge, name) is export, name\n"
+    )
+    assert "uipe_merge" in modules_loaded_by(code)
 
 
 def test_every_export_resolves() -> None:

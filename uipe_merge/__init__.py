@@ -8,8 +8,10 @@ transformers.
 
 from __future__ import annotations
 
+# A module is put into its package when it is loaded: later it would take the function's place.
+import uipe_merge.plan  # noqa: F401 - see above
 from uipe_merge._version import __version__
-from uipe_merge.api import Verification, inspect, merge, plan, verify
+from uipe_merge.api import Verification, grid, inspect, merge, plan, verify
 from uipe_merge.errors import (
     CorruptInputError,
     IncompatibleModelsError,
@@ -38,6 +40,7 @@ __all__ = [
     "UsageError",
     "Verification",
     "__version__",
+    "grid",
     "inspect",
     "merge",
     "plan",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from uipe_merge.checkpoint.decisions import Decision
+    from uipe_merge.grids import GridReport
     from uipe_merge.inspected import Inspection
     from uipe_merge.job import Job
     from uipe_merge.progress import Progress
@@ -240,6 +241,62 @@ def merge(
     )
     executor = make_executor(threads, remote=prepared.remote)
     return running.run(prepared, executor, LocalFileSystem(), _watcher(progress))
+
+
+def grid(
+    original: PathLike,
+    unlearned: PathLike,
+    output: PathLike,
+    alphas: Sequence[float],
+    *,
+    recipe: Recipe | PathLike | None = None,
+    references: bool = False,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    dequantize: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+    progress: bool | Progress = True,
+) -> GridReport:
+    """Write a model for every α into one directory; the checkpoints are read once for all.
+
+    Each is byte for byte what ``merge`` would write. A grid that was interrupted, or that gets
+    further α, is continued by the same call.
+
+    Args:
+        original: As for ``merge``.
+        unlearned: As for ``merge``.
+        output: The directory of the grid; ``grid.json`` in it lists the variants.
+        alphas: α of each variant, in place of the recipe's own.
+        recipe: All else, as an object or in a file. With a random control every α that is not 0
+            gives two variants.
+        references: Add the unlearned model, the original, and a random control.
+        overwrite: As for ``merge``, of every variant.
+        allow_pickle: As for ``merge``.
+        dequantize: As for ``merge``.
+        device: As for ``merge``.
+        threads: As for ``merge``.
+        progress: As for ``merge``.
+
+    Raises:
+        UipeMergeError: As for ``merge``. What was published stays.
+    """
+    from uipe_merge import grids
+    from uipe_merge.executors import make_executor
+    from uipe_merge.inputs import open_inputs
+    from uipe_merge.output.filesystem import LocalFileSystem
+    from uipe_merge.recipe import Recipe
+
+    asked = Recipe(1.0) if recipe is None else make_recipe(alpha=None, recipe=recipe)
+    opened = open_inputs(
+        original, unlearned, asked, allow_pickle=allow_pickle, dequantize=dequantize
+    )
+    planned = grids.plan_grid(
+        opened, output, alphas, asked, references=references, overwrite=overwrite, device=device
+    )
+    grids.require_grid_place(planned)
+    executor = make_executor(threads, remote=planned.variants[0].job.remote)
+    return grids.run_grid(planned, executor, LocalFileSystem(), _watcher(progress))
 
 
 def inspect(

@@ -9,7 +9,7 @@ from uipe_merge.checkpoint.adapter import CONFIG_NAME
 from uipe_merge.checkpoint.decisions import following
 from uipe_merge.checkpoint.index import INDEX_NAME
 from uipe_merge.checkpoint.scaled import DEFAULT_DTYPE, said_dtype
-from uipe_merge.job import Job, is_scaled
+from uipe_merge.job import Job, is_scaled, run_digest
 from uipe_merge.output.card import CARD_NAME, encode_card, hub_id
 from uipe_merge.output.filesystem import write_document
 from uipe_merge.output.manifest import MANIFEST_NAME, FileRecord, encode_manifest, record_of
@@ -76,6 +76,7 @@ def write_rest(
             **recipe.steering.document(),
         },
         "plan": plan.fingerprint(),
+        "run": run_digest(job),
         "inputs": {
             "original": _input(job.pair.original),
             "unlearned": _input(job.pair.unlearned),

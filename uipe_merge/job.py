@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
+import hashlib
 import json
 import os
 import shlex
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,17 +13,16 @@ from uipe_merge import native
 from uipe_merge._version import __version__
 from uipe_merge.adapter_plan import make_adapter_plan
 from uipe_merge.checkpoint.index import INDEX_NAME
-from uipe_merge.checkpoint.pair import match, refuse_swapped
 from uipe_merge.checkpoint.storage import LocalFolder
 from uipe_merge.checkpoint.urls import RemoteFolder, is_url, local
 from uipe_merge.coherent import factors_bytes
 from uipe_merge.coherent import peak_memory as factors_memory
 from uipe_merge.fetching import download_bytes, wanted
 from uipe_merge.fetching import require_room as require_download_room
-from uipe_merge.opening import hold_further, open_folders, open_further, open_pair
+from uipe_merge.inputs import Inputs, collector_paused, open_inputs
 from uipe_merge.output import bucket, place
 from uipe_merge.output.bucket import BucketStaging
-from uipe_merge.output.card import CARD_NAME, base_models, card_metadata
+from uipe_merge.output.card import CARD_NAME
 from uipe_merge.output.filesystem import LocalFileSystem
 from uipe_merge.output.manifest import MANIFEST_NAME
 from uipe_merge.output.sidecars import (
@@ -38,7 +36,6 @@ from uipe_merge.planning import make_plan
 from uipe_merge.reader import widest_input
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from uipe_merge.checkpoint.model import Checkpoint
@@ -49,7 +46,7 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]
 
-_COMMANDS = ("merge", "inspect", "verify", "demo")
+_COMMANDS = ("merge", "grid", "collect", "evaluate", "search", "inspect", "verify", "demo")
 _REMOTE_BLOCK = 4 * 2**20  # bytes: eight threads with three of them stay far below 512 MiB
 
 
@@ -154,35 +151,45 @@ def prepare(
             ``require_room`` looks at the output's place and the disk.
     """
     # Before the output is looked at, so that a missing input is what is reported.
-    further = recipe.steering.checkpoints
-    first, second, *others = sides = open_folders(original, unlearned, *further)
-    sources = [source for side in sides for source in side]
+    allowed = {"allow_pickle": allow_pickle, "dequantize": dequantize}
+    inputs = open_inputs(original, unlearned, recipe, **allowed)
+    return plan_job(inputs, output, recipe, overwrite=overwrite, device=device)
+
+
+def plan_job(
+    inputs: Inputs,
+    output: PathLike,
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    device: str = "cpu",
+    parent_made: bool = False,
+) -> Job:
+    """Decide everything about one output; the recipe differs in α alone from the inputs' own.
+
+    With ``parent_made`` the directory that it is to be in will be made.
+
+    Raises:
+        UipeMergeError: As for ``prepare``.
+    """
     named = local(os.fspath(output))
     folder = None
     if is_url(named):
-        remote = [source for source in sources if isinstance(source, RemoteFolder)]
+        remote = [each for each in inputs.folders if isinstance(each, RemoteFolder)]
         folder = bucket.resolve(named, remote)
         target = bucket.workplace(folder)
     else:
-        directories = [source.location for source in sources if isinstance(source, LocalFolder)]
-        target = place.resolve(named, directories)
-    with _collector_paused():
-        allowed = {"allow_pickle": allow_pickle, "dequantize": dequantize}
-        pair = open_pair(first, second, **allowed)
-        refuse_swapped(pair.original, pair.unlearned, base_models(card_metadata(pair.original)))
-        pairing = match(pair.original, pair.unlearned, recipe.on_mismatch)
-        pairing.require_match(pair.original, pair.unlearned)
+        directories = [each.location for each in inputs.folders if isinstance(each, LocalFolder)]
+        target = place.resolve(named, directories, parent_made=parent_made)
+    pair = inputs.pair
+    with collector_paused():
+        two = (pair.original, pair.unlearned)
         if recipe.form == "adapter":
-            plan = make_adapter_plan(pair.original, pair.unlearned, pairing, recipe)
+            plan = make_adapter_plan(*two, inputs.pairing, recipe)
             sidecars = plan_adapter_sidecars(pair.unlearned)
         else:
-            folders = dict(zip(further, others, strict=True))
-            pair, directions = open_further(
-                recipe.steering, folders, pair, (first, second), **allowed
-            )
-            held = hold_further(pair, pairing, directions)
-            plan = make_plan(pair.original, pair.unlearned, pairing, recipe, held)
-            sidecars = plan_sidecars(pair.original, pair.unlearned)
+            plan = make_plan(*two, inputs.pairing, recipe, inputs.further)
+            sidecars = plan_sidecars(*two)
     if device != "cpu":
         from uipe_merge.kernels import require_device  # imports torch
 
@@ -190,8 +197,6 @@ def prepare(
         if native.suffices(plan) and not recipe.steering.low_rank:
             plan.warnings.append(f"--device {device} has nothing to do: all of it is compiled")
     beside = factors_bytes(plan) if recipe.steering.low_rank else 0
-    space = _space(plan, sidecars, target, beside, delivered=folder is not None)
-    one, two, *rest = ("+".join(folder.location for folder in side) for side in sides)
     return Job(
         plan=plan,
         pair=pair,
@@ -199,10 +204,10 @@ def prepare(
         wanted=wanted(plan, pair, sidecars),
         output=target,
         folder=folder,
-        arguments=(one, two),
-        names=dict(zip(further, rest, strict=True)),
+        arguments=inputs.arguments,
+        names=inputs.names,
         named=named,
-        space=space,
+        space=_space(plan, sidecars, target, beside, delivered=folder is not None),
         overwrite=overwrite,
         device=device,
     )
@@ -228,23 +233,8 @@ def _operand(path: str) -> str:
     return f"./{path}" if path.startswith("-") or path in _COMMANDS else path
 
 
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Keep the garbage collector from walking hundreds of thousands of new tuples.
-
-    Planning makes no cycles; on a model of 100 k tensors this saves a quarter of the time.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def require_room(job: Job) -> None:
-    """Refuse what could not be published, or does not fit on the disk.
+def require_room(*jobs: Job) -> None:
+    """Refuse what could not be published, or does not fit on the disk; of several jobs, together.
 
     What an interrupted run has written counts as room: it is kept, or removed first.
 
@@ -252,17 +242,33 @@ def require_room(job: Job) -> None:
         OutputError: Something is at the output path that may not be replaced, or bytes, files
             or the size a file may have do not suffice, there or for what is downloaded.
     """
+    left = [space for job in jobs if (space := _space_left(job)) is not None]
+    if not left:
+        return
+    first = jobs[0]
+    needed = sum(space.needed for space in left)
+    together = left[0]._replace(needed=needed, files=sum(space.files for space in left))
+    largest = max(shard.size for job in jobs for shard in job.plan.shards)
+    parent = place.existing(first.output.parent)
+    place.require(together, parent, largest)
+    require_download_room(first.wanted, parent, needed)
+
+
+def _space_left(job: Job) -> place.Space | None:
+    """Return what a job still needs; nothing if it was published.
+
+    Raises:
+        OutputError: Something is at the output path that may not be replaced.
+    """
     staging = job.staging(LocalFileSystem())
     nbytes = files = 0
     if staging.partial.exists():
         own = identity(job)
         if staging.was_published(own):
-            return
+            return None
         nbytes, files = staging.held(own)
     staging.require_replaceable(job.named, overwrite=job.overwrite)
-    left = job.space._replace(needed=job.space.needed - nbytes, files=job.space.files - files)
-    place.require(left, job.output.parent, max(shard.size for shard in job.plan.shards))
-    require_download_room(job.wanted, job.output.parent, left.needed)
+    return job.space._replace(needed=job.space.needed - nbytes, files=job.space.files - files)
 
 
 def require_startable(job: Job) -> None:
@@ -288,6 +294,11 @@ def identity(job: Job) -> dict[str, object]:
         "further": json.dumps(job.plan.further),
         "plan": job.plan.fingerprint(),
     }
+
+
+def run_digest(job: Job) -> str:
+    """Return a digest of ``identity``, by which a published output is known again."""
+    return hashlib.sha256(json.dumps(identity(job), sort_keys=True).encode()).hexdigest()
 
 
 def is_scaled(checkpoint: Checkpoint) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from uipe_merge.errors import CorruptInputError, NumericError, OutputError, listed
@@ -11,11 +12,15 @@ from uipe_merge.finishing import results, write_rest
 from uipe_merge.job import Job, identity, require_room
 from uipe_merge.output.lock import hold, tidy
 from uipe_merge.report import MergeReport
-from uipe_merge.settling import settle
+from uipe_merge.settling import Settled, settle_all
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from uipe_merge.executors import Executor
     from uipe_merge.output.filesystem import FileSystem
+    from uipe_merge.output.journal import ShardRecord
+    from uipe_merge.output.staging import Staging
     from uipe_merge.progress import Progress
 
 
@@ -35,49 +40,96 @@ def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress
         OutputLockedError: Another run is writing this output.
         RemoteError: What has to be downloaded first cannot be had.
     """
+    [report] = run_all([job], executor, filesystem, progress)
+    return report
+
+
+def run_all(
+    jobs: Sequence[Job], executor: Executor, filesystem: FileSystem, progress: Progress
+) -> list[MergeReport]:
+    """Do several merges of the same checkpoints, which are read once; as ``run``.
+
+    The jobs differ in α and control alone, so that their shards are laid out alike.
+    """
+    began = time.monotonic()
+    stagings = [job.staging(filesystem) for job in jobs]
+    try:
+        require_room(*jobs)
+    except OutputError:
+        for staging in stagings:
+            tidy(staging.partial)
+        raise
+    for job in jobs:
+        fetch(job.wanted, job.pair)
+    with ExitStack() as locks:
+        for staging in stagings:
+            staging.prepare()
+            locks.enter_context(hold(staging.partial))
+        done = _write_all(jobs, stagings, executor, filesystem, progress)
+    return [
+        _report(job, *each, time.monotonic() - began) for job, each in zip(jobs, done, strict=True)
+    ]
+
+
+def _write_all(
+    jobs: Sequence[Job],
+    stagings: Sequence[Staging],
+    executor: Executor,
+    filesystem: FileSystem,
+    progress: Progress,
+) -> list[tuple[Settled, dict[str, ShardRecord], int]]:
+    """Write and publish what is not published yet; of every job its steps, records, old shards."""
     from uipe_merge.engine import require_unchanged, write_shards  # imports numpy
 
-    began = time.monotonic()
-    staging = job.staging(filesystem)
+    owns = [identity(job) for job in jobs]
+    published = [staging.was_published(own) for staging, own in zip(stagings, owns, strict=True)]
+    todo = [number for number, there in enumerate(published) if not there]
+    for number in todo:
+        job, staging = jobs[number], stagings[number]
+        staging.restore()
+        staging.require_replaceable(job.named, overwrite=job.overwrite)
+        staging.begin(owns[number], overwrite=job.overwrite)
+    records = [staging.journal.shards() for staging in stagings]
+    resumed = [
+        len(kept if there else staging.done)
+        for kept, staging, there in zip(records, stagings, published, strict=True)
+    ]
+    written: list[dict[str, ShardRecord]] = []
     try:
-        require_room(job)
-    except OutputError:
-        tidy(staging.partial)
+        settled = settle_all(jobs, stagings[0].measured, filesystem, executor, progress)
+        if todo:
+            written = write_shards(
+                [settled[number].plan for number in todo],
+                settled[-1].pair,
+                [stagings[number] for number in todo],
+                filesystem,
+                executor,
+                progress,
+                block=jobs[0].block,
+                device=jobs[0].device,
+            )
+            require_unchanged(jobs[0].pair)
+    except (NumericError, CorruptInputError):
+        for number in todo:
+            stagings[number].discard()  # it would fail again: there is nothing to go on with
         raise
-    fetch(job.wanted, job.pair)
-    own = identity(job)
-    staging.prepare()
-    with hold(staging.partial):
-        if staging.was_published(own):
-            records = staging.journal.shards()
-            resumed = len(records)
-            settled = settle(job, staging.measured, filesystem, executor, progress)
-            staging.settle()
+    finally:
+        progress.close()
+    for number, found in zip(todo, written, strict=True):
+        records[number] = found
+        write_rest(jobs[number], settled[number], stagings[number], filesystem, found)
+    # Of the first in whose directory all of them were measured the journal goes last.
+    for number in reversed(range(len(jobs))):
+        if published[number]:
+            stagings[number].settle()
         else:
-            staging.restore()
-            staging.require_replaceable(job.named, overwrite=job.overwrite)
-            staging.begin(own, overwrite=job.overwrite)
-            resumed = len(staging.done)
-            try:
-                settled = settle(job, staging.measured, filesystem, executor, progress)
-                [records] = write_shards(
-                    [settled.plan],
-                    settled.pair,
-                    [staging],
-                    filesystem,
-                    executor,
-                    progress,
-                    block=job.block,
-                    device=job.device,
-                )
-                require_unchanged(job.pair)
-            except (NumericError, CorruptInputError):
-                staging.discard()  # it would fail again: there is nothing to go on with
-                raise
-            finally:
-                progress.close()
-            write_rest(job, settled, staging, filesystem, records)
-            staging.publish(overwrite=job.overwrite)
+            stagings[number].publish(overwrite=jobs[number].overwrite)
+    return list(zip(settled, records, resumed, strict=True))
+
+
+def _report(
+    job: Job, settled: Settled, records: dict[str, ShardRecord], resumed: int, seconds: float
+) -> MergeReport:
     summary, tensors, groups = results(settled, records)
     return MergeReport(
         output=job.output if job.folder is None else job.folder.location,
@@ -85,7 +137,7 @@ def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress
         tensors=tensors,
         warnings=[*job.plan.warnings, *_kept_warnings(tensors), *summary.warnings()],
         written=job.plan.write_bytes,
-        seconds=time.monotonic() - began,
+        seconds=seconds,
         resumed=resumed,
         groups=groups,
     )

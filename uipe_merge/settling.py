@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from uipe_merge.output.journal import Memo
 from uipe_merge.resolving import GroupRecord, Products, resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from uipe_merge.arithmetic.terms import Vector
@@ -36,6 +37,35 @@ class Settled(NamedTuple):
     ranks: dict[str, dict[str, object]]
 
 
+def settle_all(
+    jobs: Sequence[Job],
+    directory: Path,
+    filesystem: FileSystem,
+    executor: Executor,
+    progress: Progress,
+) -> list[Settled]:
+    """Settle several jobs that read the same checkpoints, as ``settle``.
+
+    What is measured serves all that measure the same tensors. The pair of the last one has what
+    the plans of all of them read.
+    """
+    settled: list[Settled] = []
+    places: dict[tuple[str, ...], Path] = {}
+    pair = jobs[0].pair
+    for job in jobs:
+        # α = 0 takes a tensor out of what is measured.
+        grouped = tuple(step.name for step in job.plan.steps if step.group)
+        if grouped and grouped not in places:
+            places[grouped] = directory / str(len(places)) if places else directory
+            if places[grouped] != directory:
+                filesystem.make_directory(directory)
+        place = places.get(grouped, directory)
+        found = settle(replace(job, pair=pair), place, filesystem, executor, progress)
+        pair = found.pair
+        settled.append(found)
+    return settled
+
+
 def settle(
     job: Job, directory: Path, filesystem: FileSystem, executor: Executor, progress: Progress
 ) -> Settled:
@@ -59,6 +89,8 @@ def settle(
     ranks: dict[str, dict[str, object]] = {}
     factors = ""
     steering = plan.recipe.steering
+    if not any(step.group for step in plan.steps):  # every α is 0
+        return Settled(resolve(plan, {}, {})[0], pair, [], {})
     if steering.measured or steering.low_rank:
         filesystem.make_directory(directory)
         filesystem.sync_directory(directory.parent)

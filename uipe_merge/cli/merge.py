@@ -2,141 +2,84 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
-from uipe_merge.checkpoint.decisions import Decision
 from uipe_merge.cli.console import Output
 from uipe_merge.cli.merge_shown import show_plan, show_report
-from uipe_merge.recipe import Form, Rounding
-from uipe_merge.steering import GRANULARITY, MAX_ALPHA, MIN_COS, Control, Granularity
+from uipe_merge.cli.options import (
+    Add,
+    AllowPickle,
+    Along,
+    Alpha,
+    AlphaGradient,
+    AlphaLayers,
+    AlphaRule,
+    Always,
+    As,
+    AsJson,
+    AwayFrom,
+    ControlOption,
+    Dequantize,
+    Device,
+    DryRun,
+    Dtype,
+    Energy,
+    GranularityOption,
+    MaxAlpha,
+    MaxShardSize,
+    MinCos,
+    OnMismatch,
+    Original,
+    OutputPath,
+    Overwrite,
+    PrintRecipe,
+    Quiet,
+    Rank,
+    RankAll,
+    Recipe,
+    RoundingOption,
+    Seed,
+    Threads,
+    Unlearned,
+    Verbose,
+)
+from uipe_merge.steering import GRANULARITY, MAX_ALPHA, MIN_COS
 
 
 def merge(
-    original: Annotated[
-        str,
-        typer.Argument(
-            metavar="ORIGINAL",
-            help="The original checkpoint θ₀: a directory, URL or ORG/NAME@REVISION.",
-        ),
-    ],
-    unlearned: Annotated[
-        str,
-        typer.Argument(
-            metavar="UNLEARNED", help="The unlearned checkpoint θᵤ, likewise; or an adapter."
-        ),
-    ],
-    output: Annotated[str, typer.Option("--output", "-o", help="Directory or URL to make.")],
-    alpha: Annotated[
-        float | None,
-        typer.Option(
-            "--alpha", "-a", help="α: 0 is the unlearned model, −1 the original, 2 adds 2·v."
-        ),
-    ] = None,
-    alpha_rule: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN=ALPHA", help="α of the tensors that match; the first rule decides."
-        ),
-    ] = None,
-    alpha_layers: Annotated[
-        str | None,
-        typer.Option(metavar="LAYER=ALPHA,…", help="α by layer, linear between: 0=0,16=2,31=1."),
-    ] = None,
-    alpha_gradient: Annotated[
-        str | None,
-        typer.Option(metavar="ALPHA,…", help="α spread from the first layer to the last."),
-    ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="All of it in a YAML, TOML or JSON file instead."),
-    ] = None,
-    print_recipe: Annotated[
-        bool, typer.Option("--print-recipe", help="Print the recipe as YAML and end.")
-    ] = False,
-    dtype: Annotated[
-        str, typer.Option(help="auto keeps each tensor's; or float32, bfloat16, float16.")
-    ] = "auto",
-    max_shard_size: Annotated[
-        str | None,
-        typer.Option(help="Such as 5GB. [default: the unlearned checkpoint's own shards]"),
-    ] = None,
-    on_mismatch: Annotated[
-        Decision,
-        typer.Option(help="Tensors that one side lacks or has in another shape."),
-    ] = "error",
-    form: Annotated[
-        Form, typer.Option("--as", help="model; or adapter, for a LoRA adapter as UNLEARNED.")
-    ] = "model",
-    rounding: Annotated[
-        Rounding, typer.Option(help="stochastic keeps small steps in 16 bits, on average.")
-    ] = "nearest",
-    along: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="UPDATE",
-            help="A related update, NEW or NEW@@OLD: α is multiplied by its projection on v.",
-        ),
-    ] = None,
-    min_cos: Annotated[
-        float, typer.Option(help="Related updates of a smaller cosine with v count nothing.")
-    ] = MIN_COS,
-    max_alpha: Annotated[
-        float, typer.Option(help="The most that related updates multiply α by.")
-    ] = MAX_ALPHA,
-    away_from: Annotated[
-        str | None,
-        typer.Option(
-            metavar="UPDATE|original", help="A protected update that the step must not undo."
-        ),
-    ] = None,
-    always: Annotated[
-        bool, typer.Option("--always", help="Keep off it even where the step does not undo it.")
-    ] = False,
-    rank: Annotated[
-        int | None, typer.Option(help="Amplify only so many singular directions of each matrix.")
-    ] = None,
-    energy: Annotated[
-        float | None, typer.Option(help="As many as hold this share of a matrix's ‖v‖².")
-    ] = None,
-    rank_all: Annotated[bool, typer.Option("--rank-all", help="Embeddings and head too.")] = False,
-    control: Annotated[
-        Control, typer.Option(help="random takes a random step of the same norm instead.")
-    ] = "none",
-    granularity: Annotated[
-        Granularity, typer.Option(help="Over what inner products are taken.")
-    ] = GRANULARITY,
-    add: Annotated[
-        list[str] | None,
-        typer.Option(metavar="UPDATE=BETA", help="A further update times β; repeatable."),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Of stochastic rounding, of --control, --rank and --energy.")
-    ] = 0,
-    device: Annotated[
-        str, typer.Option(help="cuda for singular vectors, and for what is not compiled.")
-    ] = "cpu",
-    threads: Annotated[
-        int | None, typer.Option(min=1, max=256, help="Threads. [default: two a core, at most 8]")
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a model written by uipe-merge.")
-    ] = False,
-    allow_pickle: Annotated[
-        bool,
-        typer.Option("--allow-pickle", help="Read pytorch_model*.bin; nothing in it is run."),
-    ] = False,
-    dequantize: Annotated[
-        bool,
-        typer.Option("--dequantize", help="Take block-scaled FP8; the output is not quantised."),
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan; write nothing.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every tensor.")] = False,
+    original: Original,
+    unlearned: Unlearned,
+    output: OutputPath,
+    alpha: Alpha = None,
+    alpha_rule: AlphaRule = None,
+    alpha_layers: AlphaLayers = None,
+    alpha_gradient: AlphaGradient = None,
+    recipe: Recipe = None,
+    print_recipe: PrintRecipe = False,
+    dtype: Dtype = "auto",
+    max_shard_size: MaxShardSize = None,
+    on_mismatch: OnMismatch = "error",
+    form: As = "model",
+    rounding: RoundingOption = "nearest",
+    along: Along = None,
+    min_cos: MinCos = MIN_COS,
+    max_alpha: MaxAlpha = MAX_ALPHA,
+    away_from: AwayFrom = None,
+    always: Always = False,
+    rank: Rank = None,
+    energy: Energy = None,
+    rank_all: RankAll = False,
+    control: ControlOption = "none",
+    granularity: GranularityOption = GRANULARITY,
+    add: Add = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    allow_pickle: AllowPickle = False,
+    dequantize: Dequantize = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Write θᵤ + α·(θᵤ − θ₀) as a new model."""
     from uipe_merge import api, job, running

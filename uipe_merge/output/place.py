@@ -33,8 +33,12 @@ class Space(NamedTuple):
     free_files: int | None
 
 
-def resolve(output: str | os.PathLike[str], inputs: Iterable[str]) -> Path:
+def resolve(
+    output: str | os.PathLike[str], inputs: Iterable[str], *, parent_made: bool = False
+) -> Path:
     """Return the real path of the output after checking that something may be made there.
+
+    With ``parent_made`` a parent that is missing will be made, where that is possible.
 
     Raises:
         UsageError: It is, lies in, contains or links to an input.
@@ -44,6 +48,8 @@ def resolve(output: str | os.PathLike[str], inputs: Iterable[str]) -> Path:
     for name in inputs:
         _keep_apart(path, Path(os.path.realpath(name)), output, name)
     parent = path.parent
+    if parent_made and not os.path.lexists(parent):
+        parent = parent.parent
     try:
         if len(os.fsencode(path.name)) > os.pathconf(parent, "PC_NAME_MAX"):
             raise OutputError("the name is too long for its file system", file=output)
@@ -63,7 +69,7 @@ def resolve(output: str | os.PathLike[str], inputs: Iterable[str]) -> Path:
 def partial_directory(output: Path) -> Path:
     """Return the sibling in which an output is built; its name always fits."""
     name = f".{output.name}.uipe-partial"
-    if len(os.fsencode(name)) > os.pathconf(output.parent, "PC_NAME_MAX"):
+    if len(os.fsencode(name)) > os.pathconf(existing(output.parent), "PC_NAME_MAX"):
         import hashlib
 
         name = f".{hashlib.sha256(os.fsencode(output.name)).hexdigest()}.uipe-partial"

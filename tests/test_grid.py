@@ -1,0 +1,278 @@
+"""Grids: every variant as merge would write it, read once, continued, and what is refused."""
+
+import hashlib
+import json
+import os
+import subprocess
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from helpers import assert_refused, contents, read_tensors, run_here, write_pair
+from hypothesis import given
+from hypothesis import strategies as st
+from test_adapter_output import Family
+
+import uipe_merge
+from uipe_merge.checkpoint.storage import LocalFile
+from uipe_merge.errors import UsageError
+from uipe_merge.grids import parse_alphas
+from uipe_merge.output.staging import Staging
+from uipe_merge.recipe import Recipe
+from uipe_merge.steering import Steering, Update
+
+VARIANTS = {"uipe-0": 0.0, "uipe-0.5": 0.5, "uipe-2": 2.0, "uipe-minus1": -1.0}
+NAMED = {"README.md", "uipe_merge.json"}  # they say where the output is
+
+
+def make(root: Path, *extra: object, alphas: str = "2,0,0.5,-1") -> dict[str, object]:
+    words = ("grid", root / "original", root / "unlearned", "--alphas", alphas)
+    done = run_here(*words, "-o", root / "grid", "--json", *extra)
+    assert done.code == 0, done
+    found = json.loads(done.out)
+    assert isinstance(found, dict)
+    return found
+
+
+def listed(root: Path) -> dict[str, dict[str, object]]:
+    document = json.loads((root / "grid" / "grid.json").read_text())
+    assert document["schema"] == 1
+    return {each["name"]: each for each in document["variants"]}
+
+
+def single(root: Path, name: str, *options: object) -> dict[str, bytes]:
+    """The same model by merge, at the same place of another directory."""
+    other = root / "single"
+    other.mkdir(exist_ok=True)
+    words = (root / "original", root / "unlearned", "-o", other / name, "-q")
+    done = run_here(*words, *options)
+    assert done.code == 0, done
+    return contents(other / name)
+
+
+def assert_same(one: dict[str, bytes], two: dict[str, bytes]) -> None:
+    assert one.keys() == two.keys()
+    assert {name for name in one if one[name] != two[name]} <= NAMED
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--dtype", "float32", "--max-shard-size", "5KB"),
+        ("--rounding", "stochastic", "--seed", 3),
+        ("--alpha-rule", "*q_proj*=1.5", "--alpha-rule", "lm_head*=0"),
+        ("--rank", 2, "--along", "{unlearned}", "--granularity", "tensor"),
+        ("--away-from", "original", "--add", "{unlearned}=0.25"),
+    ],
+    ids=["plain", "dtype", "stochastic", "rules", "rank-along", "away-add"],
+)
+def test_every_variant_is_what_merge_writes(tmp_path: Path, options: tuple[object, ...]) -> None:
+    write_pair(tmp_path, shards=3)
+    words = [str(word).format(unlearned=tmp_path / "unlearned") for word in options]
+    make(tmp_path, *words)
+    variants = listed(tmp_path)
+    assert {name: each["alpha"] for name, each in variants.items()} == VARIANTS
+    for name, alpha in VARIANTS.items():
+        found = contents(tmp_path / "grid" / name)
+        assert_same(found, single(tmp_path, name, "--alpha", alpha, *words))
+        digest = hashlib.sha256(found["uipe_merge.json"]).hexdigest()
+        assert variants[name]["manifest_sha256"] == digest
+        assert run_here("verify", tmp_path / "grid" / name).code == 0
+    names = {*VARIANTS, "grid.json"}
+    assert {entry.name for entry in (tmp_path / "grid").iterdir()} == names
+
+
+def test_both_checkpoints_are_read_once(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, shards=2)
+    read: list[int] = []
+    plain = LocalFile.read_into
+
+    def counted(self: LocalFile, buffer: memoryview, offset: int) -> None:
+        if self.path.endswith(".safetensors"):
+            read.append(len(buffer))
+        plain(self, buffer, offset)
+
+    totals = []
+    for alphas in ((0.5,), (0.5, 1.0, 2.0, 3.0)):
+        read.clear()
+        with patch.object(LocalFile, "read_into", counted):
+            uipe_merge.grid(*pair, tmp_path / str(len(alphas)), alphas, progress=False)
+        totals.append(sum(read))
+    assert totals[0] == totals[1]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_references_and_controls(tmp_path: Path, threads: int) -> None:
+    write_pair(tmp_path)
+    make(tmp_path, "--with-references", "--threads", threads, alphas="0,1,2")
+    families = {name: (each["family"], each["alpha"]) for name, each in listed(tmp_path).items()}
+    assert families == {
+        "reference-unlearned": ("reference", 0.0),
+        "reference-original": ("reference", -1.0),
+        "uipe-1": ("uipe", 1.0),
+        "uipe-2": ("uipe", 2.0),
+        "control-2": ("control", 2.0),
+    }
+    for name, side in (("unlearned", "unlearned"), ("original", "original")):
+        found = contents(tmp_path / "grid" / f"reference-{name}")
+        weights = {file: each for file, each in found.items() if file.endswith(".safetensors")}
+        theirs, ours = (
+            read_tensors(tmp_path / side),
+            read_tensors(tmp_path / "grid" / f"reference-{name}"),
+        )
+        assert weights
+        assert all(theirs[tensor].equal(ours[tensor]) for tensor in theirs)
+    control = single(tmp_path, "control-2", "--alpha", 2, "--control", "random")
+    assert_same(contents(tmp_path / "grid" / "control-2"), control)
+    make(tmp_path, "--control", "random", alphas="0,1,2")
+    assert {"control-1", "control-2", "uipe-0"} <= listed(tmp_path).keys()
+    assert "control-0" not in listed(tmp_path)
+
+
+def test_an_adapter_makes_adapters(tmp_path: Path) -> None:
+    family = Family(tmp_path)
+    words = ("grid", family.base, family.adapter, "--alphas", "0.5,2", "--as", "adapter")
+    done = run_here(*words, "-o", tmp_path / "grid")
+    assert done.code == 0, done
+    for alpha in (0.5, 2):
+        out = tmp_path / f"alone-{alpha}"
+        alone = (family.base, family.adapter, "--alpha", alpha, "--as", "adapter", "-o", out)
+        assert run_here(*alone).code == 0
+        assert_same(contents(tmp_path / "grid" / f"uipe-{alpha}"), contents(out))
+
+
+def test_a_grid_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    """Killed between two publications: what is there stays, what was written is used."""
+    write_pair(tmp_path, shards=3)
+    make(tmp_path)
+    whole = contents(tmp_path / "grid")
+    publish = Staging.publish
+    calls: list[Path] = []
+
+    def stopped(self: Staging, *, overwrite: bool) -> None:
+        calls.append(self.output)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        publish(self, overwrite=overwrite)
+
+    again = tmp_path / "again"
+    for name in ("original", "unlearned"):
+        again.mkdir(exist_ok=True)
+        (again / name).symlink_to(tmp_path / name)
+    pair = (again / "original", again / "unlearned")
+    alphas = list(VARIANTS.values())
+    with patch.object(Staging, "publish", stopped), pytest.raises(KeyboardInterrupt):
+        uipe_merge.grid(*pair, again / "grid", alphas, progress=False)
+    [there] = [name for name in VARIANTS if (again / "grid" / name).is_dir()]
+    stamp = (again / "grid" / there / "uipe_merge.json").stat().st_mtime_ns
+    report = uipe_merge.grid(*pair, again / "grid", alphas, progress=False)
+    assert list(report.kept) == [there]
+    assert (again / "grid" / there / "uipe_merge.json").stat().st_mtime_ns == stamp
+    assert all(each.resumed == 3 for each in report.reports.values())
+    found = contents(again / "grid")
+    assert found.keys() == whole.keys()
+    weights = [name for name in whole if name.endswith(".safetensors")]
+    assert all(found[name] == whole[name] for name in weights)
+
+
+def test_further_alphas_add_to_a_grid_and_other_recipes_are_refused(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    make(tmp_path, alphas="1,2")
+    found = make(tmp_path, alphas="1,2,3")
+    assert found["kept"] == ["uipe-1", "uipe-2"]
+    words = ("grid", tmp_path / "original", tmp_path / "unlearned", "--alphas", "1,2,3")
+    refused = run_here(*words, "-o", tmp_path / "grid", "--dtype", "float32")
+    assert_refused(refused, 8, "uipe-1", "--overwrite")
+    make(tmp_path, "--dtype", "float32", "--overwrite", alphas="1,2,3")
+    assert all(
+        str(tensor.dtype) == "torch.float32"
+        for tensor in read_tensors(tmp_path / "grid" / "uipe-2").values()
+        if tensor.is_floating_point()
+    )
+
+
+def test_a_dry_run_writes_nothing_and_refuses_what_the_run_would(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    found = make(tmp_path, "--dry-run", alphas="1,2")
+    assert not (tmp_path / "grid").exists()
+    assert [each["name"] for each in found["variants"]] == ["uipe-1", "uipe-2"]  # type: ignore[attr-defined]
+    (tmp_path / "grid").mkdir()
+    (tmp_path / "grid" / "thesis.tex").write_text("mine")
+    words = ("grid", tmp_path / "original", tmp_path / "unlearned", "--alphas", "1,2")
+    for extra in ((), ("--dry-run",)):
+        refused = run_here(*words, "-o", tmp_path / "grid", *extra)
+        assert_refused(refused, 8, "thesis.tex", "another directory")
+    assert os.listdir(tmp_path / "grid") == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("alphas", "code"), [("", 2), ("1,x", 2), ("0:1:0", 2), ("0:1:-1", 2), ("nan", 3), ("1e30", 7)]
+)
+def test_what_is_no_alpha(tmp_path: Path, alphas: str, code: int) -> None:
+    write_pair(tmp_path)
+    words = ("grid", tmp_path / "original", tmp_path / "unlearned", "--alphas", alphas)
+    assert_refused(run_here(*words, "-o", tmp_path / "grid"), code, "alpha")
+    assert not (tmp_path / "grid").exists()
+
+
+@given(st.integers(-20, 20), st.integers(1, 40), st.integers(1, 9))
+def test_a_range_has_its_ends(first: int, count: int, step: int) -> None:
+    text = f"{first / 10}:{(first + count * step) / 10}:{step / 10}"
+    assert parse_alphas(text) == [(first + step * number) / 10 for number in range(count + 1)]
+
+
+def test_a_list_is_taken_as_it_is() -> None:
+    assert parse_alphas("2,0.25,1e-3") == [2.0, 0.25, 0.001]
+    with pytest.raises(UsageError):
+        parse_alphas("0:1e9:1")
+
+
+def test_a_recipe_from_python(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path)
+    steering = Steering(along=(Update(str(pair[1])),))
+    recipe = Recipe(7.0, "float32", steering=steering)
+    report = uipe_merge.grid(*pair, tmp_path / "grid", [1.0, 2.0], recipe=recipe, progress=False)
+    alphas = {name: each.summary.alpha for name, each in report.reports.items()}
+    assert alphas == {"uipe-1": 1.0, "uipe-2": 2.0}
+
+
+class TestScripts:
+    def scripted(self, root: Path, harness: str, *extra: object) -> str:
+        write_pair(root)
+        make(root, "--eval", harness, *extra, alphas="1,2")
+        return (root / "grid" / "evaluate.sh").read_text()
+
+    def test_a_command_is_run_for_every_variant(self, tmp_path: Path) -> None:
+        root = tmp_path / "a place with spaces"
+        root.mkdir()
+        self.scripted(root, "cp {model}/uipe_merge.json {out}/scores.json")
+        for name in ("uipe-1", "uipe-2"):
+            subprocess.run(["sh", root / "grid" / "evaluate.sh", name], check=True, cwd="/")
+            scores = (root / "grid" / "scores" / name / "scores.json").read_bytes()
+            assert scores == (root / "grid" / name / "uipe_merge.json").read_bytes()
+        subprocess.run(["sh", root / "grid" / "evaluate.sh"], check=True, cwd="/")
+        environment = {**os.environ, "SLURM_ARRAY_TASK_ID": "1"}
+        (root / "grid" / "scores" / "uipe-2" / "scores.json").unlink()
+        subprocess.run(
+            ["sh", root / "grid" / "evaluate.slurm"], check=True, cwd="/", env=environment
+        )
+        assert (root / "grid" / "scores" / "uipe-2" / "scores.json").exists()
+        make(root, alphas="1,2")  # the scores are no strays
+
+    @pytest.mark.parametrize("harness", ["open-unlearning", "muse", "wmdp", "lm-eval"])
+    def test_what_is_written_is_a_script(self, tmp_path: Path, harness: str) -> None:
+        logs = ("--retain-logs", "a b='c'.json") if harness == "open-unlearning" else ()
+        text = self.scripted(tmp_path, harness, *logs)
+        for name in ("evaluate.sh", "evaluate.slurm"):
+            subprocess.run(["sh", "-n", tmp_path / "grid" / name], check=True)
+        assert '"$model' in text or "$model'" in text or "=$model" in text
+        if logs:
+            assert "retain_logs_path=" in text
+
+    def test_what_is_no_harness(self, tmp_path: Path) -> None:
+        write_pair(tmp_path)
+        words = ("grid", tmp_path / "original", tmp_path / "unlearned", "--alphas", "1")
+        for extra in (("--eval", "tofu"), ("--eval", "lm-eval", "--retain-logs", "x")):
+            assert_refused(run_here(*words, "-o", tmp_path / "grid", *extra), 2, extra[1])
+        assert not (tmp_path / "grid").exists()
