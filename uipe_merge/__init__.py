@@ -23,6 +23,7 @@ from uipe_merge.errors import (
     UnsafeInputError,
     UsageError,
 )
+from uipe_merge.loading import load
 from uipe_merge.steering import ORIGINAL_ITSELF, Steering, Update
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "__version__",
     "grid",
     "inspect",
+    "load",
     "merge",
     "plan",
     "verify",

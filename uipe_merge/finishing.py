@@ -46,7 +46,7 @@ def write_rest(
     summary, tensors, groups = results(settled, records)
     files = {record.name: FileRecord(record.size, record.sha256) for record in records.values()}
     recipe = plan.recipe
-    edits = _edits(job)
+    edits = config_edits(job)
     for sidecar in job.sidecars:
         changed = edits.get(sidecar.name, Edits())
         files[sidecar.name] = copy_sidecar(filesystem, sidecar, model, changed)
@@ -105,7 +105,7 @@ def _input(checkpoint: Checkpoint) -> dict[str, object]:
     }
 
 
-def _edits(job: Job) -> dict[str, Edits]:
+def config_edits(job: Job) -> dict[str, Edits]:
     """Return what a configuration must say other than the unlearned checkpoint's."""
     original, unlearned = job.pair.original, job.pair.unlearned
     if job.plan.recipe.form == "adapter" and unlearned.adapter is not None:

@@ -1,0 +1,619 @@
+"""A model at any α in memory, without writing it, and moved to another α where it lies.
+
+The plan is that of ``merge``, and so is the arithmetic, block by block; only the bytes go into
+tensors instead of shards. transformers makes the model of these tensors as it makes one of a
+checkpoint (``from_pretrained(None, state_dict=…)``), renaming and fusing as its version does.
+Which parameter a tensor became is then seen, not guessed: the parameter lies in the tensor's own
+memory. Such parameters are moved in place. What transformers converted (stacked, or cast to the
+dtype of the configuration) has other memory, and is moved by way of a second conversion.
+
+Memory: one model and a few blocks; what is converted is held twice while it is loaded or moved.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from bisect import bisect_right
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from uipe_merge.api import make_recipe
+from uipe_merge.checkpoint import experts
+from uipe_merge.checkpoint.pair import tied_names
+from uipe_merge.errors import IncompatibleModelsError, UsageError, listed
+from uipe_merge.opening import locations
+from uipe_merge.steering import PLAIN, Steering
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    import torch
+    from transformers import PreTrainedModel
+
+    from uipe_merge.checkpoint.decisions import Decision
+    from uipe_merge.checkpoint.dtypes import DType
+    from uipe_merge.job import Job
+    from uipe_merge.output.shard import ShardWriter
+    from uipe_merge.plan import Plan, Step
+    from uipe_merge.reader import Pair
+    from uipe_merge.recipe import Recipe, Rounding
+    from uipe_merge.settling import Settled
+
+PathLike = str | os.PathLike[str]
+
+_REFUSED = frozenset(
+    [
+        # What the two checkpoints answer.
+        *("config", "state_dict", "torch_dtype", "output_loading_info", "gguf_file", "variant"),
+        *("revision", "subfolder", "use_safetensors", "ignore_mismatched_sizes"),
+        "trust_remote_code",  # code from a checkpoint is never run
+        # What would give parameters other memory, or other bits, than the tensors that are made.
+        *("device_map", "max_memory", "tp_plan", "tp_size", "distributed_config", "device_mesh"),
+        *("quantization_config", "key_mapping"),
+    ]
+)
+"""Arguments of ``from_pretrained`` that are not passed on."""
+
+_RECORD = "uipe_extrapolation"
+_MOVED = {"BOOL": "bool", "C64": "complex64"} | {
+    f"{sign}{bits}": f"{name}{bits}"
+    for sign, name in (("U", "uint"), ("I", "int"))
+    for bits in (8, 16, 32, 64)
+}
+"""torch's names of the types that ``DType.torch`` has none for, or the name of a part."""
+
+
+def load(  # noqa: PLR0913 - one keyword-only argument an option of the merge
+    original: PathLike,
+    unlearned: PathLike,
+    *,
+    alpha: float | None = None,
+    alpha_rules: Mapping[str, float] | None = None,
+    alpha_layers: Mapping[int, float] | None = None,
+    alpha_gradient: Sequence[float] = (),
+    dtype: str = "auto",
+    on_mismatch: Decision = "error",
+    rounding: Rounding = "nearest",
+    seed: int = 0,
+    steering: Steering = PLAIN,
+    recipe: Recipe | PathLike | None = None,
+    allow_pickle: bool = False,
+    dequantize: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+    model_class: Any = None,  # noqa: ANN401 - a class of transformers, which has no types
+    **from_pretrained: object,
+) -> PreTrainedModel:
+    """Return θᵤ + α·(θᵤ − θ₀) as a model of transformers; its bits are those of ``merge``.
+
+    The model is on the processor, in evaluation mode; ``.to("cuda")`` moves it. Its method
+    ``model.set_alpha(2)`` is ``set_alpha`` of this module, and ``model.uipe_extrapolation`` says
+    by which recipe it is what it is, and what ``merge`` would have warned of.
+
+    Args:
+        original: The original checkpoint θ₀, as for ``merge``.
+        unlearned: The unlearned checkpoint θᵤ, as for ``merge``; or an adapter.
+        alpha: As for ``merge``, as is everything up to ``threads``.
+        alpha_rules: α by pattern of the name that a tensor has in the checkpoint.
+        alpha_layers: α by layer.
+        alpha_gradient: α spread over the layers.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        on_mismatch: What becomes of tensors that the two do not have alike.
+        rounding: ``nearest`` or ``stochastic``.
+        seed: Of what is drawn by chance.
+        steering: What else than α·v goes into the step; measured first where it must be.
+        recipe: All of the above from α on, as an object or in a file.
+        allow_pickle: Read ``pytorch_model*.bin`` where there is no safetensors file.
+        dequantize: Take block-scaled FP8 checkpoints.
+        device: Where the arithmetic is done that is not compiled. The model does not go there.
+        threads: Threads; changes no bit.
+        model_class: What makes the model: ``AutoModelForCausalLM``, unless another is given.
+        from_pretrained: More for its ``from_pretrained``, such as ``attn_implementation``.
+
+    Raises:
+        UsageError: An argument does not go with this.
+        IncompatibleModelsError: transformers cannot make the model, or the checkpoints lack
+            parameters of it, which would be random numbers.
+        UipeMergeError: Whatever ``merge`` would refuse.
+    """
+    asked = make_recipe(
+        alpha=alpha,
+        alpha_rules=tuple((name, float(at)) for name, at in (alpha_rules or {}).items()),
+        alpha_layers=tuple((at, float(to)) for at, to in sorted((alpha_layers or {}).items())),
+        alpha_gradient=tuple(map(float, alpha_gradient)),
+        dtype=dtype,
+        on_mismatch=on_mismatch,
+        rounding=rounding,
+        seed=seed,
+        steering=steering,
+        recipe=recipe,
+    )
+    if refused := sorted(_REFUSED & from_pretrained.keys()):
+        raise UsageError(
+            f"load takes no {listed(refused)}",
+            remedy="the checkpoints say what is loaded, by code of transformers, on the processor; "
+            "move the model afterwards, or give model_class",
+        )
+    paths = (_fixed(original), _fixed(unlearned))
+    source = _Source(*paths, allow_pickle, dequantize, device, threads)
+    with source.settled(asked) as (job, settled, directory):
+        maker = _maker(model_class, job, directory, from_pretrained)
+        places, state = _lay_out(settled.plan, job.pair)
+        targets = {
+            step.name: state[place.name].view(-1)[place.start : place.start + step.elements]
+            for step in settled.plan.steps
+            for place in [places[step.name]]
+        }
+        warnings = source.fill(job, settled, targets)
+        tied = tied_names(job.pair.unlearned)
+    model, missing = maker.make(state)
+    model.config.name_or_path = source.unlearned
+    found, converted = _recognised(model, state, missing)
+    record = Extrapolation(
+        asked, warnings, source, maker, _outline(settled.plan), places, found, converted, tied
+    )
+    setattr(model, _RECORD, record)
+    model.set_alpha = _Bound(model)
+    return model
+
+
+def set_alpha(
+    model: PreTrainedModel,
+    alpha: float | None = None,
+    *,
+    alpha_rules: Mapping[str, float] | None = None,
+    alpha_layers: Mapping[int, float] | None = None,
+    alpha_gradient: Sequence[float] = (),
+    recipe: Recipe | PathLike | None = None,
+) -> None:
+    """Move a model that ``load`` made to another α, in place; its bits are those of a fresh load.
+
+    Both checkpoints are read again. What is not about α stays as it was loaded; rules and layers
+    that are not given again are gone. Parameters keep identity, device, dtype and gradient, and
+    tied ones stay tied. Whatever goes wrong on the way, the model is moved back.
+
+    Args:
+        model: The model, wherever it is by now.
+        alpha: α of what no rule and no layer decides.
+        alpha_rules: As for ``load``, as are the following.
+        alpha_layers: α by layer.
+        alpha_gradient: α spread over the layers.
+        recipe: All of it instead, with the same dtype.
+
+    Raises:
+        UsageError: ``load`` did not make this model, its parameters were replaced since, or the
+            recipe makes other tensors.
+        UipeMergeError: Whatever ``merge`` would refuse.
+    """
+    record = getattr(model, _RECORD, None)
+    if not isinstance(record, Extrapolation):
+        raise UsageError("this model was not loaded here", remedy="make it with uipe_merge.load")
+    asked = make_recipe(
+        alpha=alpha,
+        alpha_rules=tuple((name, float(at)) for name, at in (alpha_rules or {}).items()),
+        alpha_layers=tuple((at, float(to)) for at, to in sorted((alpha_layers or {}).items())),
+        alpha_gradient=tuple(map(float, alpha_gradient)),
+        recipe=recipe,
+    )
+    if recipe is None:
+        asked = replace(
+            record.recipe,
+            alpha=asked.alpha,
+            rules=asked.rules,
+            layers=asked.layers,
+            gradient=asked.gradient,
+        )
+    record.move(model, asked)
+
+
+class Place(NamedTuple):
+    """Where the elements of a tensor of the checkpoints are in what transformers is given.
+
+    Attributes:
+        name: Name of the tensor there.
+        start: The first of its elements that is meant.
+    """
+
+    name: str
+    start: int
+
+
+@dataclass(slots=True)
+class Extrapolation:
+    """How a model in memory was made; it does not hold the model.
+
+    Attributes:
+        recipe: What the model is now.
+        warnings: What ``merge`` would warn of at that recipe.
+        source: Where it is read from.
+        maker: What makes such a model.
+        outline: Shape and type of every tensor of the checkpoints.
+        places: Where each is in what transformers was given.
+        found: The parameter or buffer that lies in the memory of what transformers was given, by
+            the name of the latter.
+        converted: Parameters that lie in none of it.
+        tied: A head and an embedding that are stored both, though tied; else empty.
+    """
+
+    recipe: Recipe
+    warnings: list[str]
+    source: _Source
+    maker: _Maker
+    outline: dict[str, tuple[tuple[int, ...], str]]
+    places: dict[str, Place]
+    found: dict[str, str]
+    converted: list[str]
+    tied: tuple[str, str]
+
+    def move(self, model: PreTrainedModel, recipe: Recipe) -> None:
+        """Make the model what ``recipe`` says, or leave it as it was.
+
+        Raises:
+            UipeMergeError: See ``set_alpha``.
+        """
+        with self.source.settled(recipe) as (job, settled, _):
+            if _outline(settled.plan) != self.outline:
+                raise UsageError(
+                    "this makes other tensors than those that were loaded",
+                    remedy="load the model again",
+                )
+            parameters = self._parameters(model)
+            try:
+                self.warnings = self._write(parameters, job, settled)
+            except BaseException:
+                with suppress(Exception), self.source.settled(self.recipe) as (before, was, _):
+                    self._write(parameters, before, was)
+                raise
+        self.recipe = recipe
+
+    def _write(
+        self, parameters: Mapping[str, torch.Tensor], job: Job, settled: Settled
+    ) -> list[str]:
+        import torch
+
+        _, state = _lay_out(settled.plan, job.pair)
+        flat = {name: state[name].view(-1) for name in state}
+        flat |= {name: parameters[where].view(-1) for name, where in self.found.items()}
+        wanted = set(state) if self.converted else {*self.found, *self.tied}
+        targets = {
+            step.name: flat[place.name][place.start : place.start + step.elements]
+            for step in settled.plan.steps
+            if (place := self.places[step.name]).name in wanted
+        }
+        warnings = self.source.fill(job, settled, targets)
+        head, embedding = self.tied
+        if head and (head in self.found) != (embedding in self.found):
+            one, two = flat[head], flat[embedding]
+            if not torch.equal(one.to(two.device, two.dtype), two):
+                raise IncompatibleModelsError(
+                    f"'{head}' and '{embedding}' are stored apart and would be untied at this α, "
+                    "which a loaded model cannot become",
+                    remedy="load it again",
+                )
+        if self.converted:
+            for name in self.found:  # stands in for what is in its place already: one element
+                state[name] = torch.zeros((), dtype=state[name].dtype).expand(state[name].shape)
+            made = self.maker.make(state)[0].state_dict()
+            for name in self.converted:
+                parameters[name].copy_(made[name])
+        return warnings
+
+    def _parameters(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        """Return what is to be moved, without its history.
+
+        Raises:
+            UsageError: It is not there any more, or not as one piece of memory.
+        """
+        present: dict[str, torch.Tensor] = model.state_dict()
+        counts = dict.fromkeys(self.converted, -1)
+        for name, place in self.places.items():
+            if (where := self.found.get(place.name)) is not None:
+                shape, _ = self.outline[name]
+                counts[where] = counts.get(where, 0) + _elements(shape)
+        lost = [
+            name
+            for name, count in counts.items()
+            if name not in present
+            or (count not in (-1, present[name].numel()))
+            or not present[name].is_contiguous()
+        ]
+        if lost:
+            raise UsageError(
+                f"the model was changed since it was loaded: {listed(lost)}",
+                remedy="move it before it is quantised, pruned or wrapped, or load it again",
+            )
+        return {name: present[name] for name in counts}
+
+
+class _Bound:
+    """``set_alpha`` of one model, which is not kept alive by it; a copy of the model gets its own."""
+
+    def __init__(self, model: PreTrainedModel | None = None) -> None:
+        self._model = (lambda: None) if model is None else weakref.ref(model)
+
+    def __call__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 - those of set_alpha
+        set_alpha(self._model(), *args, **options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Bound:
+        return _Bound(memo.get(id(self._model())))
+
+    def __reduce__(self) -> tuple[type[_Bound], tuple[()]]:
+        return _Bound, ()  # pickled it forgets the model; set_alpha(model, …) still moves it
+
+
+class _Maker(NamedTuple):
+    """What makes a model of tensors: a class of transformers with its arguments."""
+
+    cls: Any
+    config: Any
+    generation: Any
+    options: dict[str, object]
+
+    def make(self, state: dict[str, torch.Tensor]) -> tuple[PreTrainedModel, set[str]]:
+        """Return the model, and the buffers that the tensors say nothing of.
+
+        Raises:
+            IncompatibleModelsError: They do not fit, or a parameter is not among them.
+        """
+        try:
+            model, said = self.cls.from_pretrained(
+                None,
+                config=self.config,
+                state_dict=state,
+                output_loading_info=True,
+                dtype="auto",
+                **self.options,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise _unmade(error) from error
+        missing = set(said["missing_keys"])
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        if lacking := sorted(missing & parameters):
+            raise IncompatibleModelsError(
+                f"the checkpoints lack parameters of {self.cls.__name__}: {listed(lacking)}",
+                remedy="give the model_class that they were saved from",
+            )
+        if self.generation is not None:
+            model.generation_config = self.generation
+        return model, missing
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where a model is read from, and how."""
+
+    original: str
+    unlearned: str
+    allow_pickle: bool
+    dequantize: bool
+    device: str
+    threads: int | None
+
+    @contextmanager
+    def settled(self, recipe: Recipe) -> Iterator[tuple[Job, Settled, Path]]:
+        """Plan and measure as ``merge`` does; what is kept meanwhile is in the directory given."""
+        from uipe_merge import fetching
+        from uipe_merge.executors import make_executor
+        from uipe_merge.job import prepare
+        from uipe_merge.output.filesystem import LocalFileSystem
+        from uipe_merge.progress import Silent
+        from uipe_merge.settling import settle
+
+        if recipe.form != "model":
+            raise UsageError(
+                "an adapter cannot be loaded as a model", remedy="leave out `as`, or use merge"
+            )
+        with TemporaryDirectory(prefix="uipe-merge-") as name:
+            root = Path(name)
+            job = prepare(
+                self.original,
+                self.unlearned,
+                root / "model",  # never written
+                recipe,
+                allow_pickle=self.allow_pickle,
+                dequantize=self.dequantize,
+                device=self.device,
+            )
+            fetching.require_room(job.wanted, None, 0)
+            fetching.fetch(job.wanted, job.pair)
+            executor = make_executor(self.threads, remote=job.remote)
+            yield job, settle(job, root / "kept", LocalFileSystem(), executor, Silent()), root
+
+    def fill(self, job: Job, settled: Settled, targets: Mapping[str, torch.Tensor]) -> list[str]:
+        """Stream the plan into flat tensors, by the names of its steps; return what to warn of.
+
+        A step without a target is left out. A target of another dtype is converted to.
+
+        Raises:
+            NumericError: A value is not finite, or would not be.
+            CorruptInputError: An input changed or ended early.
+        """
+        import torch
+
+        from uipe_merge.cutting import blocks
+        from uipe_merge.engine import require_unchanged
+        from uipe_merge.executors import make_executor
+        from uipe_merge.once import Once
+        from uipe_merge.report import Sums, add, summarise
+        from uipe_merge.worker import MergeWorker
+
+        plan, growths = settled.plan, Once[torch.Tensor]()
+        shelves = [_Shelf(shard.steps, targets) for shard in plan.shards]
+
+        def writers(shard: int) -> list[tuple[int, ShardWriter]]:
+            return [(0, cast("ShardWriter", shelves[shard]))]  # all of it that a worker calls
+
+        def make_worker() -> MergeWorker:
+            return MergeWorker([plan], settled.pair, writers, growths, job.block, job.device)
+
+        executor = make_executor(self.threads, remote=job.remote)
+        order = blocks([plan], range(len(plan.shards)), executor.width, job.block)
+        todo = (each for each in order if plan.shards[each.shard].steps[each.step].name in targets)
+        cells: dict[str, list[Sums]] = {}
+        threads = torch.get_num_threads()  # which the workers set to one
+        results = executor.run(make_worker, todo)
+        try:
+            for result in results:
+                step = plan.shards[result.block.shard].steps[result.block.step]
+                rows = result.written[0].sums
+                cells.setdefault(step.name, []).extend(Sums(*row) for row in rows)
+        finally:
+            results.close()
+            torch.set_num_threads(threads)
+        require_unchanged(settled.pair)
+        done = [step for step in plan.steps if step.name in cells]
+        sums = {
+            step.name: total if step.terms else total.of_plain(step.alpha)
+            for step in done
+            for total in [add(cells[step.name]) if cells[step.name] else Sums()]
+        }
+        steered = plan.directions is not None
+        summary = summarise(done, sums, plan.recipe.alpha, steered=steered)
+        return [*job.plan.warnings, *summary.warnings()]
+
+
+class _Shelf:
+    """Takes the bytes of a shard as a shard writer does, and puts them into tensors."""
+
+    def __init__(self, steps: Sequence[Step], targets: Mapping[str, torch.Tensor]) -> None:
+        self._steps = [step for step in steps if step.nbytes]
+        self._offsets = [step.offset for step in self._steps]
+        self._targets = targets
+
+    def write(self, _sequence: int, data: memoryview, offset: int) -> None:
+        """Convert what would be written at ``offset`` into its tensor; of one tensor, no more."""
+        import torch
+
+        if not data:
+            return
+        step = self._steps[bisect_right(self._offsets, offset) - 1]
+        made = torch.frombuffer(data, dtype=_torch_dtype(step.dtype))
+        start = (offset - step.offset) * 8 // step.dtype.bits
+        self._targets[step.name][start : start + len(made)].copy_(made)
+
+    def finish(self, _size: int) -> str:
+        """Say that it is whole."""
+        return ""
+
+
+def _fixed(argument: PathLike) -> str:
+    """Return an argument that means the same from another working directory."""
+    parts = locations(argument)
+    return "+".join(str(Path(part).absolute()) if Path(part).is_dir() else part for part in parts)
+
+
+def _maker(
+    model_class: Any,  # noqa: ANN401 - a class of transformers
+    job: Job,
+    directory: Path,
+    options: dict[str, object],
+) -> _Maker:
+    """Read the configuration that ``merge`` would write, and find the class that it names."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+    from uipe_merge.finishing import config_edits
+    from uipe_merge.output.filesystem import LocalFileSystem
+    from uipe_merge.output.sidecars import Edits, copy_sidecar
+
+    names, edits = ("config.json", "generation_config.json"), config_edits(job)
+    sidecars = {each.name: each for each in job.sidecars if each.name in names}
+    if names[0] not in sidecars:
+        raise IncompatibleModelsError(
+            "has no config.json, so nothing says what model it is", file=job.arguments[1]
+        )
+    for name, sidecar in sidecars.items():
+        copy_sidecar(LocalFileSystem(), sidecar, directory, edits.get(name, Edits()))
+    cls = model_class or AutoModelForCausalLM
+    generation = None
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        if not issubclass(cls, PreTrainedModel):  # one of the Auto classes
+            with torch.device("meta"):
+                shape = cls.from_config(config, trust_remote_code=False)
+            cls, config = type(shape), shape.config
+        if names[1] in sidecars and "generation_config" not in options:
+            generation = GenerationConfig.from_pretrained(directory)
+    except (ValueError, OSError) as error:
+        raise _unmade(error) from error
+    return _Maker(cls, config, generation, options)
+
+
+def _unmade(error: Exception) -> IncompatibleModelsError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return IncompatibleModelsError(f"transformers cannot make the model: {lines[0]}")
+
+
+def _outline(plan: Plan) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {step.name: (step.source.shape, step.dtype.name) for step in plan.steps}
+
+
+def _lay_out(plan: Plan, pair: Pair) -> tuple[dict[str, Place], dict[str, torch.Tensor]]:
+    """Return a place for every step of a plan, and the tensors that it is in, yet to be filled.
+
+    They are the tensors of the checkpoint, but for experts that are stored one by one where the
+    model has them stacked: these are made stacked, or they would be held twice.
+    """
+    import torch
+
+    steps = {step.name: step for step in plan.steps}
+    places = {name: Place(name, 0) for name in steps}
+    shapes = {name: step.source.shape for name, step in steps.items()}
+    for fused, spec in (experts.together(pair.unlearned) or {}).items():
+        names = [piece.name for piece in spec.pieces]
+        kinds = {steps[name].dtype for name in names if name in steps}
+        if not names or len(kinds) != 1 or not set(names) <= steps.keys() or fused in steps:
+            continue
+        start = 0
+        for name in names:
+            places[name] = Place(fused, start)
+            start += steps[name].elements
+            del shapes[name]
+        shapes[fused] = spec.shape
+    dtypes = {place.name: _torch_dtype(steps[name].dtype) for name, place in places.items()}
+    return places, {name: torch.empty(shape, dtype=dtypes[name]) for name, shape in shapes.items()}
+
+
+def _recognised(
+    model: PreTrainedModel, state: Mapping[str, torch.Tensor], missing: set[str]
+) -> tuple[dict[str, str], list[str]]:
+    """Tell which parameter each tensor became, by its memory; and which parameters are none."""
+    kept: dict[str, torch.Tensor] = model.state_dict()
+    at: dict[tuple[object, ...], str] = {}
+    for name, tensor in kept.items():
+        at.setdefault(_memory(tensor), name)
+    found = {
+        name: at[_memory(tensor)]
+        for name, tensor in state.items()
+        if tensor.numel() and _memory(tensor) in at
+    }
+    memories = {_memory(state[name]) for name in found}
+    converted = [
+        name
+        for name, tensor in kept.items()
+        if tensor.numel() and _memory(tensor) not in memories and name not in missing
+    ]
+    return found, converted
+
+
+def _memory(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _torch_dtype(dtype: DType) -> torch.dtype:
+    import torch
+
+    found = getattr(torch, _MOVED.get(dtype.name) or dtype.torch or "")
+    assert isinstance(found, torch.dtype)  # noqa: S101 - the tables name torch's own types
+    return found
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
