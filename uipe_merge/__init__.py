@@ -1,12 +1,14 @@
 """Post-hoc checkpoint arithmetic for LLM unlearning: θᵤ + α·(θᵤ − θ₀), streamed.
 
-``merge`` writes an extrapolated model, ``plan`` says what that would take, ``inspect``
+``merge`` writes an extrapolated model, ``grid`` one for every α, ``load`` gives one in memory, ``plan`` says what that would take, ``inspect``
 measures an update before anything is written, ``verify`` checks a written model. The
 exceptions are those of ``uipe_merge.errors``. Importing the package loads neither torch nor
 transformers.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 # A module is put into its package when it is loaded: later it would take the function's place.
 import uipe_merge.plan  # noqa: F401 - see above
@@ -23,8 +25,10 @@ from uipe_merge.errors import (
     UnsafeInputError,
     UsageError,
 )
-from uipe_merge.loading import load
 from uipe_merge.steering import ORIGINAL_ITSELF, Steering, Update
+
+if TYPE_CHECKING:
+    from uipe_merge.loading import load
 
 __all__ = [
     "ORIGINAL_ITSELF",
@@ -48,3 +52,12 @@ __all__ = [
     "plan",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - what a module has
+    """Import ``load``, and what it stands on, when it is asked for."""
+    if name == "load":
+        from uipe_merge.loading import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,11 +6,12 @@ Heavy imports (numpy, torch) happen in the functions that need them.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from uipe_merge.errors import UsageError
+from uipe_merge.progress import watcher
 from uipe_merge.steering import PLAIN, Steering
+from uipe_merge.verification import Verification, verify
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from uipe_merge.steering import Update
 
 PathLike = str | os.PathLike[str]
+
+__all__ = ["Verification", "grid", "inspect", "make_recipe", "merge", "plan", "verify"]
 
 
 def plan(
@@ -240,7 +243,7 @@ def merge(
         device=device,
     )
     executor = make_executor(threads, remote=prepared.remote)
-    return running.run(prepared, executor, LocalFileSystem(), _watcher(progress))
+    return running.run(prepared, executor, LocalFileSystem(), watcher(progress))
 
 
 def grid(
@@ -296,7 +299,7 @@ def grid(
     )
     grids.require_grid_place(planned)
     executor = make_executor(threads, remote=planned.variants[0].job.remote)
-    return grids.run_grid(planned, executor, LocalFileSystem(), _watcher(progress))
+    return grids.run_grid(planned, executor, LocalFileSystem(), watcher(progress))
 
 
 def inspect(
@@ -340,7 +343,7 @@ def inspect(
 
     steering = Steering(along=tuple(along), away_from=away_from)
     arguments = (original, unlearned, *steering.checkpoints)
-    watcher = _watcher(progress)
+    watching = watcher(progress)
     try:
         return inspection.inspect_pair(
             original,
@@ -348,76 +351,9 @@ def inspect(
             alphas or inspection.DEFAULT_ALPHAS,
             Recipe(1.0, dtype, steering=steering),
             make_executor(threads, remote=any(map(is_remote, arguments))),
-            watcher,
+            watching,
             allow_pickle=allow_pickle,
             dequantize=dequantize,
         )
     finally:
-        watcher.close()
-
-
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """What ``verify`` found.
-
-    Attributes:
-        files: Files that were hashed.
-        bytes: Their bytes.
-        problems: One line for each difference from the manifest; empty if all is well.
-        notes: Files the manifest does not know and that do not change the model.
-    """
-
-    files: int
-    bytes: int
-    problems: list[str]
-    notes: list[str]
-
-
-def verify(output: PathLike, *, progress: bool | Progress = True) -> Verification:
-    """Hash every file of a published model again and hold it against its manifest.
-
-    Args:
-        output: Directory or URL of the model.
-        progress: As for ``merge``.
-
-    Raises:
-        UsageError: There is no such directory, or it has no manifest.
-        CorruptInputError: The manifest itself is damaged.
-        OutputError: A file cannot be read.
-        RemoteError: The store refuses or cannot be reached.
-    """
-    from uipe_merge.checkpoint.urls import is_url, local
-    from uipe_merge.output import published
-    from uipe_merge.output.manifest import MANIFEST_NAME
-    from uipe_merge.output.sidecars import carried
-
-    location = local(os.fspath(output))
-    model = (published.InBucket if is_url(location) else published.InDirectory)(location)
-    watcher = _watcher(progress)
-    problems: list[str] = []
-    try:
-        files = model.manifest()
-        watcher.start(sum(record.size for record in files.values()))
-        for name, record in files.items():
-            found = model.hash(name)
-            if found is None:
-                problems.append(f"'{name}' is missing")
-            elif found[0] != record.size:
-                problems.append(f"'{name}' has {found[0]} bytes, not {record.size}")
-            elif found[1] != record.sha256:
-                problems.append(f"'{name}' has the right size and other bytes")
-            watcher.advance(record.size, name)
-    finally:
-        watcher.close()
-    unknown = sorted(set(model.names()) - files.keys() - {MANIFEST_NAME})
-    problems += [f"'{name}' was not written by the merge" for name in unknown if not carried(name)]
-    notes = [f"'{name}' is not in the manifest" for name in unknown if carried(name)]
-    return Verification(len(files), sum(record.size for record in files.values()), problems, notes)
-
-
-def _watcher(progress: bool | Progress) -> Progress:  # noqa: FBT001 - the callers' argument
-    from uipe_merge.progress import Silent, TqdmBar
-
-    if isinstance(progress, bool):
-        return TqdmBar() if progress else Silent()
-    return progress
+        watching.close()

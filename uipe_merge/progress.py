@@ -55,3 +55,10 @@ class TqdmBar:
     def close(self) -> None:
         """Leave the bar as it stands."""
         self._bar.close()
+
+
+def watcher(progress: bool | Progress) -> Progress:  # noqa: FBT001 - the callers' argument
+    """Return what is told of the progress: a tqdm bar, nobody, or what was given."""
+    if isinstance(progress, bool):
+        return TqdmBar() if progress else Silent()
+    return progress
