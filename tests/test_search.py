@@ -20,19 +20,10 @@ from helpers import write_pair
 import uipe_merge
 from uipe_merge import CorruptInputError, NumericError, RecipeError, UsageError
 from uipe_merge.recipe import Recipe
-from uipe_merge.study.search import (
-    LOG_NAME,
-    SAMPLERS,
-    STUDY_NAME,
-    CommandEvaluator,
-    EvaluationError,
-    Point,
-    Sampler,
-    SearchResult,
-    Space,
-    parse_score,
-    search,
-)
+from uipe_merge.study.commands import CommandEvaluator, parse_score
+from uipe_merge.study.sampling import SAMPLERS, STUDY_NAME, Sampler
+from uipe_merge.study.search import EvaluationError, Point, SearchResult, Space, search
+from uipe_merge.study.trials import LOG_NAME
 
 Curve = Callable[[float], float]
 
@@ -372,7 +363,6 @@ SCRIPT = """
 import os, sys
 sys.path.insert(0, {tests!r})
 from test_search import bowl, several
-import uipe_merge.study.search as module
 import optuna
 tells = [0]
 tell = optuna.Study.tell

@@ -14,32 +14,26 @@ from __future__ import annotations
 
 import os
 import weakref
-from bisect import bisect_right
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from uipe_merge.api import make_recipe
-from uipe_merge.checkpoint import experts
 from uipe_merge.checkpoint.pair import tied_names
 from uipe_merge.errors import IncompatibleModelsError, UsageError, listed
+from uipe_merge.filling import Place, Source, lay_out, outline, recognised
 from uipe_merge.opening import locations
 from uipe_merge.steering import PLAIN, Steering
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
     from transformers import PreTrainedModel
 
     from uipe_merge.checkpoint.decisions import Decision
-    from uipe_merge.checkpoint.dtypes import DType
     from uipe_merge.job import Job
-    from uipe_merge.output.shard import ShardWriter
-    from uipe_merge.plan import Plan, Step
-    from uipe_merge.reader import Pair
     from uipe_merge.recipe import Recipe, Rounding
     from uipe_merge.settling import Settled
 
@@ -59,12 +53,6 @@ _REFUSED = frozenset(
 """Arguments of ``from_pretrained`` that are not passed on."""
 
 _RECORD = "uipe_extrapolation"
-_MOVED = {"BOOL": "bool", "C64": "complex64"} | {
-    f"{sign}{bits}": f"{name}{bits}"
-    for sign, name in (("U", "uint"), ("I", "int"))
-    for bits in (8, 16, 32, 64)
-}
-"""torch's names of the types that ``DType.torch`` has none for, or the name of a part."""
 
 
 def load(  # noqa: PLR0913 - one keyword-only argument an option of the merge
@@ -139,10 +127,10 @@ def load(  # noqa: PLR0913 - one keyword-only argument an option of the merge
             "move the model afterwards, or give model_class",
         )
     paths = (_fixed(original), _fixed(unlearned))
-    source = _Source(*paths, allow_pickle, dequantize, device, threads)
+    source = Source(*paths, allow_pickle, dequantize, device, threads)
     with source.settled(asked) as (job, settled, directory):
         maker = _maker(model_class, job, directory, from_pretrained)
-        places, state = _lay_out(settled.plan, job.pair)
+        places, state = lay_out(settled.plan, job.pair)
         targets = {
             step.name: state[place.name].view(-1)[place.start : place.start + step.elements]
             for step in settled.plan.steps
@@ -152,9 +140,9 @@ def load(  # noqa: PLR0913 - one keyword-only argument an option of the merge
         tied = tied_names(job.pair.unlearned)
     model, missing = maker.make(state)
     model.config.name_or_path = source.unlearned
-    found, converted = _recognised(model, state, missing)
+    found, converted = recognised(model, state, missing)
     record = Extrapolation(
-        asked, warnings, source, maker, _outline(settled.plan), places, found, converted, tied
+        asked, warnings, source, maker, outline(settled.plan), places, found, converted, tied
     )
     setattr(model, _RECORD, record)
     model.set_alpha = _Bound(model)
@@ -210,18 +198,6 @@ def set_alpha(
     record.move(model, asked)
 
 
-class Place(NamedTuple):
-    """Where the elements of a tensor of the checkpoints are in what transformers is given.
-
-    Attributes:
-        name: Name of the tensor there.
-        start: The first of its elements that is meant.
-    """
-
-    name: str
-    start: int
-
-
 @dataclass(slots=True)
 class Extrapolation:
     """How a model in memory was made; it does not hold the model.
@@ -241,7 +217,7 @@ class Extrapolation:
 
     recipe: Recipe
     warnings: list[str]
-    source: _Source
+    source: Source
     maker: _Maker
     outline: dict[str, tuple[tuple[int, ...], str]]
     places: dict[str, Place]
@@ -256,7 +232,7 @@ class Extrapolation:
             UipeMergeError: See ``set_alpha``.
         """
         with self.source.settled(recipe) as (job, settled, _):
-            if _outline(settled.plan) != self.outline:
+            if outline(settled.plan) != self.outline:
                 raise UsageError(
                     "this makes other tensors than those that were loaded",
                     remedy="load the model again",
@@ -275,7 +251,7 @@ class Extrapolation:
     ) -> list[str]:
         import torch
 
-        _, state = _lay_out(settled.plan, job.pair)
+        _, state = lay_out(settled.plan, job.pair)
         flat = {name: state[name].view(-1) for name in state}
         flat |= {name: parameters[where].view(-1) for name, where in self.found.items()}
         wanted = set(state) if self.converted else {*self.found, *self.tied}
@@ -382,124 +358,6 @@ class _Maker(NamedTuple):
         return model, missing
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """Where a model is read from, and how."""
-
-    original: str
-    unlearned: str
-    allow_pickle: bool
-    dequantize: bool
-    device: str
-    threads: int | None
-
-    @contextmanager
-    def settled(self, recipe: Recipe) -> Iterator[tuple[Job, Settled, Path]]:
-        """Plan and measure as ``merge`` does; what is kept meanwhile is in the directory given."""
-        from uipe_merge import fetching
-        from uipe_merge.executors import make_executor
-        from uipe_merge.job import prepare
-        from uipe_merge.output.filesystem import LocalFileSystem
-        from uipe_merge.progress import Silent
-        from uipe_merge.settling import settle
-
-        if recipe.form != "model":
-            raise UsageError(
-                "an adapter cannot be loaded as a model", remedy="leave out `as`, or use merge"
-            )
-        with TemporaryDirectory(prefix="uipe-merge-") as name:
-            root = Path(name)
-            job = prepare(
-                self.original,
-                self.unlearned,
-                root / "model",  # never written
-                recipe,
-                allow_pickle=self.allow_pickle,
-                dequantize=self.dequantize,
-                device=self.device,
-            )
-            fetching.require_room(job.wanted, None, 0)
-            fetching.fetch(job.wanted, job.pair)
-            executor = make_executor(self.threads, remote=job.remote)
-            yield job, settle(job, root / "kept", LocalFileSystem(), executor, Silent()), root
-
-    def fill(self, job: Job, settled: Settled, targets: Mapping[str, torch.Tensor]) -> list[str]:
-        """Stream the plan into flat tensors, by the names of its steps; return what to warn of.
-
-        A step without a target is left out. A target of another dtype is converted to.
-
-        Raises:
-            NumericError: A value is not finite, or would not be.
-            CorruptInputError: An input changed or ended early.
-        """
-        import torch
-
-        from uipe_merge.cutting import blocks
-        from uipe_merge.engine import require_unchanged
-        from uipe_merge.executors import make_executor
-        from uipe_merge.once import Once
-        from uipe_merge.report import Sums, add, summarise
-        from uipe_merge.worker import MergeWorker
-
-        plan, growths = settled.plan, Once[torch.Tensor]()
-        shelves = [_Shelf(shard.steps, targets) for shard in plan.shards]
-
-        def writers(shard: int) -> list[tuple[int, ShardWriter]]:
-            return [(0, cast("ShardWriter", shelves[shard]))]  # all of it that a worker calls
-
-        def make_worker() -> MergeWorker:
-            return MergeWorker([plan], settled.pair, writers, growths, job.block, job.device)
-
-        executor = make_executor(self.threads, remote=job.remote)
-        order = blocks([plan], range(len(plan.shards)), executor.width, job.block)
-        todo = (each for each in order if plan.shards[each.shard].steps[each.step].name in targets)
-        cells: dict[str, list[Sums]] = {}
-        threads = torch.get_num_threads()  # which the workers set to one
-        results = executor.run(make_worker, todo)
-        try:
-            for result in results:
-                step = plan.shards[result.block.shard].steps[result.block.step]
-                rows = result.written[0].sums
-                cells.setdefault(step.name, []).extend(Sums(*row) for row in rows)
-        finally:
-            results.close()
-            torch.set_num_threads(threads)
-        require_unchanged(settled.pair)
-        done = [step for step in plan.steps if step.name in cells]
-        sums = {
-            step.name: total if step.terms else total.of_plain(step.alpha)
-            for step in done
-            for total in [add(cells[step.name]) if cells[step.name] else Sums()]
-        }
-        steered = plan.directions is not None
-        summary = summarise(done, sums, plan.recipe.alpha, steered=steered)
-        return [*job.plan.warnings, *summary.warnings()]
-
-
-class _Shelf:
-    """Takes the bytes of a shard as a shard writer does, and puts them into tensors."""
-
-    def __init__(self, steps: Sequence[Step], targets: Mapping[str, torch.Tensor]) -> None:
-        self._steps = [step for step in steps if step.nbytes]
-        self._offsets = [step.offset for step in self._steps]
-        self._targets = targets
-
-    def write(self, _sequence: int, data: memoryview, offset: int) -> None:
-        """Convert what would be written at ``offset`` into its tensor; of one tensor, no more."""
-        import torch
-
-        if not data:
-            return
-        step = self._steps[bisect_right(self._offsets, offset) - 1]
-        made = torch.frombuffer(data, dtype=_torch_dtype(step.dtype))
-        start = (offset - step.offset) * 8 // step.dtype.bits
-        self._targets[step.name][start : start + len(made)].copy_(made)
-
-    def finish(self, _size: int) -> str:
-        """Say that it is whole."""
-        return ""
-
-
 def _fixed(argument: PathLike) -> str:
     """Return an argument that means the same from another working directory."""
     parts = locations(argument)
@@ -546,70 +404,6 @@ def _maker(
 def _unmade(error: Exception) -> IncompatibleModelsError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return IncompatibleModelsError(f"transformers cannot make the model: {lines[0]}")
-
-
-def _outline(plan: Plan) -> dict[str, tuple[tuple[int, ...], str]]:
-    return {step.name: (step.source.shape, step.dtype.name) for step in plan.steps}
-
-
-def _lay_out(plan: Plan, pair: Pair) -> tuple[dict[str, Place], dict[str, torch.Tensor]]:
-    """Return a place for every step of a plan, and the tensors that it is in, yet to be filled.
-
-    They are the tensors of the checkpoint, but for experts that are stored one by one where the
-    model has them stacked: these are made stacked, or they would be held twice.
-    """
-    import torch
-
-    steps = {step.name: step for step in plan.steps}
-    places = {name: Place(name, 0) for name in steps}
-    shapes = {name: step.source.shape for name, step in steps.items()}
-    for fused, spec in (experts.together(pair.unlearned) or {}).items():
-        names = [piece.name for piece in spec.pieces]
-        kinds = {steps[name].dtype for name in names if name in steps}
-        if not names or len(kinds) != 1 or not set(names) <= steps.keys() or fused in steps:
-            continue
-        start = 0
-        for name in names:
-            places[name] = Place(fused, start)
-            start += steps[name].elements
-            del shapes[name]
-        shapes[fused] = spec.shape
-    dtypes = {place.name: _torch_dtype(steps[name].dtype) for name, place in places.items()}
-    return places, {name: torch.empty(shape, dtype=dtypes[name]) for name, shape in shapes.items()}
-
-
-def _recognised(
-    model: PreTrainedModel, state: Mapping[str, torch.Tensor], missing: set[str]
-) -> tuple[dict[str, str], list[str]]:
-    """Tell which parameter each tensor became, by its memory; and which parameters are none."""
-    kept: dict[str, torch.Tensor] = model.state_dict()
-    at: dict[tuple[object, ...], str] = {}
-    for name, tensor in kept.items():
-        at.setdefault(_memory(tensor), name)
-    found = {
-        name: at[_memory(tensor)]
-        for name, tensor in state.items()
-        if tensor.numel() and _memory(tensor) in at
-    }
-    memories = {_memory(state[name]) for name in found}
-    converted = [
-        name
-        for name, tensor in kept.items()
-        if tensor.numel() and _memory(tensor) not in memories and name not in missing
-    ]
-    return found, converted
-
-
-def _memory(tensor: torch.Tensor) -> tuple[object, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-
-
-def _torch_dtype(dtype: DType) -> torch.dtype:
-    import torch
-
-    found = getattr(torch, _MOVED.get(dtype.name) or dtype.torch or "")
-    assert isinstance(found, torch.dtype)  # noqa: S101 - the tables name torch's own types
-    return found
 
 
 def _elements(shape: tuple[int, ...]) -> int:

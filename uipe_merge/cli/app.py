@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from uipe_merge._version import __version__
 from uipe_merge.checkpoint.storage import system_error
-from uipe_merge.cli import collect, demo, evaluate, grid, inspect, merge, verify
+from uipe_merge.cli import collect, demo, evaluate, grid, inspect, merge, search, verify
 from uipe_merge.cli.console import Output
 from uipe_merge.errors import UipeMergeError
 
@@ -55,6 +55,7 @@ app = typer.Typer(
 app.command("merge", short_help="Write θᵤ + α·(θᵤ − θ₀) as a new model (the default).")(merge.merge)
 app.command("grid", short_help="Write a model for every α in one reading.")(grid.grid)
 app.command("collect", short_help="Show a grid's scores, and choose α.")(collect.collect)
+app.command("search", short_help="Look for the best α under a constraint.")(search.search)
 app.command("evaluate", short_help="Measure forgetting and utility of a model.")(evaluate.evaluate)
 app.command("inspect", short_help="Measure an update before anything is written.")(inspect.inspect)
 app.command("verify", short_help="Hash a written model again.")(verify.verify)
