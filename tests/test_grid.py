@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 from pathlib import Path
 from unittest.mock import patch
@@ -81,6 +82,20 @@ def test_every_variant_is_what_merge_writes(tmp_path: Path, options: tuple[objec
         assert run_here("verify", tmp_path / "grid" / name).code == 0
     names = {*VARIANTS, "grid.json"}
     assert {entry.name for entry in (tmp_path / "grid").iterdir()} == names
+
+
+def test_the_command_in_the_document_makes_the_grid_again(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    make(
+        tmp_path, "--dtype", "float16", "--with-references", "--seed", 4, "--rounding", "stochastic"
+    )
+    command = json.loads((tmp_path / "grid" / "grid.json").read_text())["command"]
+    words = shlex.split(command)
+    assert words[:2] == ["uipe-merge", "grid"]
+    assert words[-2:] == ["-o", str(tmp_path / "grid")]
+    done = run_here(*words[1:], "--json")
+    assert done.code == 0, done
+    assert set(json.loads(done.out)["kept"]) == listed(tmp_path).keys()
 
 
 def test_both_checkpoints_are_read_once(tmp_path: Path) -> None:

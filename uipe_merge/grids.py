@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -68,12 +69,14 @@ class Grid(NamedTuple):
         named: The same as the user named it.
         variants: Its models.
         inputs: What they are made of.
+        command: The command line that makes it.
     """
 
     directory: Path
     named: str
     variants: list[Variant]
     inputs: Inputs
+    command: str
 
 
 class GridReport(NamedTuple):
@@ -160,7 +163,10 @@ def plan_grid(
         )
         for name, family, chosen in _recipes(asked, recipe, references=references)
     ]
-    return Grid(Path(os.path.realpath(named)), named, variants, inputs)
+    words = ["uipe-merge", "grid", *inputs.arguments, f"--alphas={','.join(map(repr, asked))}"]
+    words += recipe.words(lambda name: inputs.names.get(name, name))[2:]  # all but its own α
+    words += [*(["--with-references"] if references else []), "-o", named]
+    return Grid(Path(os.path.realpath(named)), named, variants, inputs, shlex.join(words))
 
 
 def _recipes(
@@ -271,6 +277,7 @@ def _write_grid(filesystem: FileSystem, grid: Grid) -> None:
         "original": original,
         "unlearned": unlearned,
         "scores": SCORES,
+        "command": grid.command,
         "variants": variants,
     }
     path = grid.directory / GRID_NAME

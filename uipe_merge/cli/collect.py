@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -45,12 +46,16 @@ def collect(
     plot: Annotated[
         str | None, typer.Option(help="Draw the trade-off to FILE.png or FILE.svg.")
     ] = None,
+    report: Annotated[
+        str | None, typer.Option(help="Write all of it as one page to FILE.html.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No warnings.")] = False,
 ) -> None:
     """Put the scores of a grid side by side and choose α among the models that keep enough."""
-    from uipe_merge.study import choosing, collecting, tradeoff
+    from uipe_merge.study import choosing, collecting, report_page, tradeoff
     from uipe_merge.study.layouts import normalised
+    from uipe_merge.study.report_figures import Asked
 
     if maximize is not None and minimize is not None:
         raise UsageError("--maximize and --minimize exclude each other", remedy="give one of them")
@@ -59,6 +64,8 @@ def collect(
     minimise = minimize is not None
     if plot is not None:
         tradeoff.check(plot)
+    if report is not None:
+        report_page.check(report)
     out = Output(quiet=quiet, as_json=as_json)
     study = collecting.collect(grid, scores)
     choice = choosing.choose(study.rows, objective, constraints, minimise=minimise)
@@ -83,6 +90,15 @@ def collect(
             chosen=choice.row,
         )
         out.note(f"trade-off drawn to {plot}")
+    if report is not None:
+        words = ["uipe-merge", "collect", grid, *(["--scores", scores] if scores else [])]
+        words += [f"--{'minimize' if minimise else 'maximize'}", objective]
+        words += [part for each in subject_to or () for part in ("--subject-to", each)]
+        asked = Asked(
+            objective, minimise, utility, constraints, front, choice, command=shlex.join(words)
+        )
+        report_page.write(study, report, asked)
+        out.note(f"report written to {report}")
     if out.as_json:
         direction = "minimize" if minimise else "maximize"
         out.data(
