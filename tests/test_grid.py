@@ -3,18 +3,28 @@
 import hashlib
 import json
 import os
+import resource
 import shlex
 import subprocess
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from helpers import assert_refused, contents, read_tensors, run_here, write_pair
+from helpers import (
+    assert_refused,
+    contents,
+    read_tensors,
+    run_cli,
+    run_here,
+    write_checkpoint,
+    write_pair,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from test_adapter_output import Family
 
 import uipe_merge
+from uipe_merge import engine
 from uipe_merge.checkpoint.storage import LocalFile
 from uipe_merge.errors import UsageError
 from uipe_merge.grids import parse_alphas
@@ -291,3 +301,129 @@ class TestScripts:
         for extra in (("--eval", "tofu"), ("--eval", "lm-eval", "--retain-logs", "x")):
             assert_refused(run_here(*words, "-o", tmp_path / "grid", *extra), 2, extra[1])
         assert not (tmp_path / "grid").exists()
+
+
+class TestWhatAReaderFound:
+    """Each of these went wrong once."""
+
+    def test_a_control_alone_has_groups_of_its_own(self, tmp_path: Path) -> None:
+        write_pair(tmp_path)
+        make(tmp_path, "--control", "random", "--granularity", "tensor", alphas="1")
+        assert listed(tmp_path).keys() == {"uipe-1", "control-1"}
+
+    def test_adapters_have_no_original_to_refer_to(self, tmp_path: Path) -> None:
+        family = Family(tmp_path)
+        words = ("grid", family.base, family.adapter, "--alphas=-1,1", "--as", "adapter")
+        done = run_here(*words, "-o", tmp_path / "grid", "--with-references", "--dry-run", "--json")
+        assert done.code == 0, done
+        names = [each["name"] for each in json.loads(done.out)["variants"]]
+        assert names == ["reference-unlearned", "uipe-minus1", "uipe-1"]
+
+    def test_what_was_published_and_not_cleaned_up_is_cleaned_up(self, tmp_path: Path) -> None:
+        pair = write_pair(tmp_path)
+        uipe_merge.grid(*pair, tmp_path / "grid", [1.0, 2.0], progress=False)
+        wide = Recipe(1.0, "float32")
+
+        def killed(self: Staging) -> None:
+            raise KeyboardInterrupt
+
+        with patch.object(Staging, "settle", killed), pytest.raises(KeyboardInterrupt):
+            uipe_merge.grid(
+                *pair, tmp_path / "grid", [1.0, 2.0], recipe=wide, overwrite=True, progress=False
+            )
+        left = [name for name in os.listdir(tmp_path / "grid") if name.endswith("-partial")]
+        assert left
+        uipe_merge.grid(
+            *pair, tmp_path / "grid", [1.0, 2.0], recipe=wide, overwrite=True, progress=False
+        )
+        assert {entry.name for entry in (tmp_path / "grid").iterdir()} == {
+            "grid.json",
+            "uipe-1",
+            "uipe-2",
+        }
+
+    def test_the_document_keeps_what_is_there_and_says_nothing_that_was_refused(
+        self, tmp_path: Path
+    ) -> None:
+        write_pair(tmp_path)
+        make(tmp_path, alphas="1,2")
+        before = (tmp_path / "grid" / "grid.json").read_bytes()
+        words = ("grid", tmp_path / "original", tmp_path / "unlearned", "--alphas", "1,2,8")
+        assert run_here(*words, "-o", tmp_path / "grid", "--dtype", "float32").code == 8
+        assert (tmp_path / "grid" / "grid.json").read_bytes() == before
+        make(tmp_path, alphas="4")
+        assert listed(tmp_path).keys() == {"uipe-1", "uipe-2", "uipe-4"}
+
+    def test_a_damaged_variant_is_not_taken_for_made(self, tmp_path: Path) -> None:
+        write_pair(tmp_path, shards=2)
+        make(tmp_path, alphas="1,2")
+        shard = next((tmp_path / "grid" / "uipe-2").glob("*.safetensors"))
+        whole = shard.read_bytes()
+        shard.write_bytes(whole[:-1])
+        words = ("grid", tmp_path / "original", tmp_path / "unlearned", "--alphas", "1,2")
+        assert_refused(run_here(*words, "-o", tmp_path / "grid"), 8, "uipe-2", "--overwrite")
+        make(tmp_path, "--overwrite", alphas="1,2")
+        assert shard.read_bytes() == whole
+        (tmp_path / "grid" / "uipe-2" / "uipe_merge.json").write_text("{")
+        assert_refused(run_here(*words, "-o", tmp_path / "grid"), 4, "uipe_merge.json")
+        make(tmp_path, "--overwrite", alphas="1,2")
+        assert run_here("verify", tmp_path / "grid" / "uipe-2").code == 0
+
+    def test_more_models_than_files_may_be_open(self, tmp_path: Path) -> None:
+        write_pair(tmp_path)
+        words = ("grid", tmp_path / "original", tmp_path / "unlearned", "-o", tmp_path / "grid")
+
+        def few() -> None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+
+        refused = run_cli(*words, "--alphas", "0:4:0.1", before=few)
+        assert_refused(refused, 8, "41 models", "ulimit -n", "at a time")
+        made = [name for name in os.listdir(tmp_path / "grid") if not name.startswith(".")]
+        assert made == []
+        assert run_cli(*words, "--alphas", "0:1:0.1", before=few).code == 0
+
+    def test_logs_are_where_the_user_says(self, tmp_path: Path) -> None:
+        write_pair(tmp_path)
+        words = ("grid", tmp_path / "original", tmp_path / "unlearned", "--alphas", "1")
+        out = ("-o", tmp_path / "grid", "--retain-logs", "logs.json")
+        done = run_cli(*words, *out, "--eval", "open-unlearning", cwd=tmp_path)
+        assert done.code == 0, done
+        assert f"{tmp_path}/logs.json" in (tmp_path / "grid" / "evaluate.sh").read_text()
+        assert_refused(run_here(*words, *out), 2, "--retain-logs", "--eval")
+
+    def test_a_dry_run_sees_an_unfinished_run(self, tmp_path: Path) -> None:
+        write_pair(tmp_path)
+        words = ("grid", tmp_path / "original", tmp_path / "unlearned", "--alphas", "1")
+
+        def killed(self: Staging, *, overwrite: bool) -> None:
+            raise KeyboardInterrupt
+
+        pair = (tmp_path / "original", tmp_path / "unlearned")
+        with patch.object(Staging, "publish", killed), pytest.raises(KeyboardInterrupt):
+            uipe_merge.grid(*pair, tmp_path / "grid", [1.0], progress=False)
+        for extra in (("--dry-run",), ()):
+            refused = run_here(*words, "-o", tmp_path / "grid", "--dtype", "float32", *extra)
+            assert_refused(refused, 8, "unfinished run", "dtype")
+
+    def test_another_checkpoint_with_the_same_stamps_is_measured_anew(self, tmp_path: Path) -> None:
+        """Files of one size and time, as archives unpack them, in two directories."""
+        pair = write_pair(tmp_path, shards=2)
+        updates = []
+        for name, factor in (("one", 0.5), ("two", 2.0)):
+            tensors = {key: each * factor for key, each in read_tensors(pair[1]).items()}
+            updates.append(write_checkpoint(tmp_path / name, tensors, shards=2))
+        for path in tmp_path.rglob("*"):
+            os.utime(path, (10**9, 10**9))
+
+        def killed(*arguments: object, **named: object) -> None:
+            raise KeyboardInterrupt
+
+        def merge(update: Path, out: Path, *, overwrite: bool = False) -> None:
+            steering = Steering(along=(Update(str(update)),), min_cos=-1)
+            uipe_merge.merge(*pair, out, steering=steering, overwrite=overwrite, progress=False)
+
+        with patch.object(engine, "write_shards", killed), pytest.raises(KeyboardInterrupt):
+            merge(updates[0], tmp_path / "out")
+        merge(updates[1], tmp_path / "out", overwrite=True)
+        merge(updates[1], tmp_path / "fresh")
+        assert_same(contents(tmp_path / "out"), contents(tmp_path / "fresh"))

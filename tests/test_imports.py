@@ -29,6 +29,7 @@ LAYERS: list[set[str]] = [
     {"study"},
     {"verification"},
     {"inspection"},
+    {"gridding"},
     {"grids"},
     {"running"},
     {"finishing"},

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from uipe_merge.checkpoint.decisions import Decision
-    from uipe_merge.grids import GridReport
+    from uipe_merge.gridding import GridReport
     from uipe_merge.inspected import Inspection
     from uipe_merge.job import Job
     from uipe_merge.progress import Progress
@@ -284,7 +284,7 @@ def grid(
     Raises:
         UipeMergeError: As for ``merge``. What was published stays.
     """
-    from uipe_merge import grids
+    from uipe_merge import gridding, grids
     from uipe_merge.executors import make_executor
     from uipe_merge.inputs import open_inputs
     from uipe_merge.output.filesystem import LocalFileSystem
@@ -297,9 +297,10 @@ def grid(
     planned = grids.plan_grid(
         opened, output, alphas, asked, references=references, overwrite=overwrite, device=device
     )
-    grids.require_grid_place(planned)
-    executor = make_executor(threads, remote=planned.variants[0].job.remote)
-    return grids.run_grid(planned, executor, LocalFileSystem(), watcher(progress))
+    gridding.require_grid_place(planned)
+    outputs = len(planned.variants)
+    executor = make_executor(threads, remote=planned.variants[0].job.remote, outputs=outputs)
+    return gridding.run_grid(planned, executor, LocalFileSystem(), watcher(progress))
 
 
 def inspect(

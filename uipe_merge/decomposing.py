@@ -44,22 +44,36 @@ if TYPE_CHECKING:
 _FLOAT = DTYPES["F32"]
 
 
-class Coherent(NamedTuple):
+class Factors(NamedTuple):
     """What was found.
 
     Attributes:
-        plan: The plan whose steps have w as their last operand, where it is not v.
-        pair: The pair with the factors as one more checkpoint.
-        directions: w of those tensors.
+        checkpoint: The factors as one more checkpoint, to follow those of the pair.
+        operands: w of every tensor whose direction is not v.
         records: Rank and share of ‖v‖² by tensor.
-        key: A digest of all that decides the factors.
+        key: A digest of all factors.
     """
 
-    plan: Plan
-    pair: Pair
-    directions: dict[str, Vector]
+    checkpoint: Checkpoint
+    operands: dict[str, Operand]
     records: dict[str, dict[str, object]]
     key: str
+
+    def attached(self, plan: Plan) -> tuple[Plan, dict[str, Vector]]:
+        """Return a plan whose steps have w as their last operand, and w in terms of operands."""
+        directions: dict[str, Vector] = {}
+
+        def with_factors(step: Step) -> Step:
+            operand = self.operands.get(step.name)
+            if operand is None or not step.group:
+                return step
+            directions[step.name] = Vector(2 + len(step.further), -1)
+            return step._replace(further=(*step.further, operand))
+
+        shards = [
+            shard._replace(steps=list(map(with_factors, shard.steps))) for shard in plan.shards
+        ]
+        return plan._replace(shards=shards), directions
 
 
 def decompose(
@@ -71,7 +85,7 @@ def decompose(
     progress: Progress,
     *,
     device: str = "cpu",
-) -> Coherent:
+) -> Factors:
     """Find the factors of all targets, or what an earlier run left to be found.
 
     Args:
@@ -88,8 +102,7 @@ def decompose(
         RecipeError: No matrix is in a layer.
     """
     todo = targets(plan)
-    key = _key(plan, todo)
-    identity: dict[str, object] = {"key": key}
+    identity: dict[str, object] = {"key": _key(plan, pair, todo)}
     journal = Journal(filesystem, directory / "factors")
     kept = journal.shards() if journal.identity() == identity else {}
     done = {
@@ -112,7 +125,7 @@ def decompose(
         journal.finish_shard(record)
         done[record.name] = record
         progress.advance(step.source.nbytes, f"factors of {step.name}")
-    return _attached(plan, pair, directory, todo, done)._replace(key=key)
+    return _found(len(pair.sides), directory, todo, done)
 
 
 class FactorsWorker:
@@ -232,16 +245,9 @@ def _encoded(found: list[LowRank], rank: int, rows: int, columns: int) -> bytes:
     return header + b"".join(part.contiguous().numpy().tobytes() for _, part in parts)
 
 
-def _attached(
-    plan: Plan,
-    pair: Pair,
-    directory: Path,
-    todo: list[Step],
-    done: dict[str, ShardRecord],
-) -> Coherent:
-    """Give every target its w as one more operand."""
+def _found(side: int, directory: Path, todo: list[Step], done: dict[str, ShardRecord]) -> Factors:
+    """Return the factors of all targets; ``side`` is what their checkpoint will be."""
     folder = LocalFolder(str(directory))
-    side = len(pair.sides)
     shards: list[ShardInput] = []
     operands: dict[str, Operand] = {}
     records: dict[str, dict[str, object]] = {}
@@ -264,33 +270,20 @@ def _attached(
         )
         bare = step.source._replace(file="", offset=0, home=ZERO, pieces=(), scales=None)
         operands[step.name] = Operand(side, bare._replace(factors=(factor,)))
-    directions = {
-        step.name: Vector(2 + len(step.further), -1) for step in todo if step.name in operands
-    }
-    made = [
-        shard._replace(
-            steps=[
-                step._replace(further=(*step.further, operands[step.name]))
-                if step.name in operands
-                else step
-                for step in shard.steps
-            ]
-        )
-        for shard in plan.shards
-    ]
     checkpoint = Checkpoint(folder, [], shards, {}, {}, [], {"": folder})
-    joined = pair._replace(further=(*pair.further, checkpoint))
-    return Coherent(plan._replace(shards=made), joined, directions, records, "")
+    digests = [(step.name, done[_file(number)].sha256) for number, step in enumerate(todo)]
+    key = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+    return Factors(checkpoint, operands, records, key)
 
 
 def _file(number: int) -> str:
     return f"{number:06d}.safetensors"
 
 
-def _key(plan: Plan, todo: list[Step]) -> str:
+def _key(plan: Plan, pair: Pair, todo: list[Step]) -> str:
     """Return a digest of all that decides the factors; no coefficient is among it."""
     recipe = plan.recipe
-    document: list[object] = [NUMERICS, plan.original, plan.unlearned]
+    document: list[object] = [NUMERICS, pair.locations, plan.original, plan.unlearned]
     document += [recipe.steering.rank, recipe.steering.energy, recipe.seed]
     document += [[step.name, step.source[1:], step.original and step.original[1:]] for step in todo]
     return hashlib.sha256(json.dumps(document, default=str).encode()).hexdigest()

@@ -44,6 +44,10 @@ class Loaded(NamedTuple):
     growth: torch.Tensor | None = None
 
 
+Beside = tuple[list[Loaded], torch.Tensor | None]
+"""Factors and scales of one operand."""
+
+
 class Deltas:
     """Scales and factors of the tensor in hand, loaded once per thread and tensor."""
 
@@ -52,9 +56,8 @@ class Deltas:
         self._pair = pair
         self._growths = growths
         self._reader = BlockReader(pair, 1, 1)
-        self._operands: list[Operand] = []
-        self._factors: list[list[Loaded]] = []
-        self._scales: list[torch.Tensor | None] = []
+        self._name = ""
+        self._loaded: dict[tuple[Operand, torch.dtype], Beside] = {}
 
     def at(self, step: Step, first: int) -> DeltaCells:
         """Return the changes of a block that begins at element ``first`` of the tensor.
@@ -67,10 +70,10 @@ class Deltas:
         if not step.elements or not (step.changed or random):
             return no_deltas
         work = working(step)
-        if operands != self._operands:
-            self._factors = [self._load(spec, side, work) for side, spec, _ in operands]
-            self._scales = [self._load_scales(spec, side, work) for side, spec, _ in operands]
-            self._operands = operands
+        if step.name != self._name:
+            self._name, self._loaded = step.name, {}
+        # By operand: the plans of a grid share most of theirs.
+        loaded = [self._beside(operand, work) for operand in operands]
 
         def cells(start: int, stored: Sequence[torch.Tensor]) -> list[Change | None]:
             at, count = first + start, stored[0].numel()
@@ -78,8 +81,8 @@ class Deltas:
                 Change(None, random_direction(key, at, count).to(work))
                 if key is not None
                 else Change(_spread(spec, scales, at, count), _sum(factors, at, values))
-                for (_, spec, key), scales, factors, values in zip(
-                    operands, self._scales, self._factors, stored, strict=True
+                for (_, spec, key), (factors, scales), values in zip(
+                    operands, loaded, stored, strict=True
                 )
             ]
 
@@ -88,6 +91,16 @@ class Deltas:
     def close(self) -> None:
         """Close the files."""
         self._reader.close()
+
+    def _beside(self, operand: Operand, work: torch.dtype) -> Beside:
+        key = (operand, work)
+        if key not in self._loaded:
+            side, spec, _ = operand
+            self._loaded[key] = (
+                self._load(spec, side, work),
+                self._load_scales(spec, side, work),
+            )
+        return self._loaded[key]
 
     def _load(self, spec: TensorSpec, side: int, work: torch.dtype) -> list[Loaded]:
         loaded: list[Loaded] = []

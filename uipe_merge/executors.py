@@ -10,13 +10,16 @@ from __future__ import annotations
 import os
 import queue
 import resource
+import sys
 import threading
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
-_FILES_A_THREAD = 5  # two inputs, an output twice, and one a library opens meanwhile
+_READ_A_THREAD = 3  # two inputs, and one a library opens meanwhile
+_WRITTEN_A_THREAD = 2  # of each output, which is open twice
+_LOCKS = 1  # of each output
 _COMMON_FILES = 8  # the three streams, the lock, the journal, a directory being synced
 
 Item = TypeVar("Item")
@@ -156,20 +159,32 @@ class _Done(Generic[Result]):
         self.result = result
 
 
-def make_executor(threads: int | None, *, remote: bool = False) -> Executor:
+def make_executor(threads: int | None, *, remote: bool = False, outputs: int = 1) -> Executor:
     """Return an executor of the given width, or of one that suits this machine.
 
-    ``remote`` says that it will wait for a network.
+    Args:
+        threads: The width asked for.
+        remote: Whether it will wait for a network.
+        outputs: Models that are written at once.
     """
     # Two a processor: one computes while the other waits for the disk.
     suitable = MOST_THREADS if remote else 2 * len(os.sched_getaffinity(0))
-    width = threads or min(suitable, MOST_THREADS, _affordable_threads())
+    width = threads or min(suitable, MOST_THREADS, _affordable_threads(outputs))
     return Serial() if width == 1 else Threads(width)
 
 
-def _affordable_threads() -> int:
+def affordable_outputs() -> int:
+    """Return how many models one thread may write at once under the limit of open files."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return sys.maxsize
+    return max((limit - _COMMON_FILES - _READ_A_THREAD) // (_WRITTEN_A_THREAD + _LOCKS), 1)
+
+
+def _affordable_threads(outputs: int) -> int:
     """Return the threads whose files fit under the limit of open files, at least 1."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return MOST_THREADS
-    return max((limit - _COMMON_FILES) // _FILES_A_THREAD, 1)
+    thread = _READ_A_THREAD + _WRITTEN_A_THREAD * outputs
+    return max((limit - _COMMON_FILES - _LOCKS * (outputs - 1)) // thread, 1)

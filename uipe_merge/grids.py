@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import re
@@ -13,26 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from uipe_merge.checkpoint.urls import is_url
-from uipe_merge.errors import OutputError, UsageError
-from uipe_merge.job import plan_job, require_room, run_digest
-from uipe_merge.output.filesystem import write_document
-from uipe_merge.output.manifest import MANIFEST_NAME, read_manifest
-from uipe_merge.running import run_all
+from uipe_merge.errors import UsageError
+from uipe_merge.job import plan_job
+from uipe_merge.steering import GRANULARITY, PLAIN
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from uipe_merge.executors import Executor
     from uipe_merge.inputs import Inputs
     from uipe_merge.job import Job
-    from uipe_merge.output.filesystem import FileSystem
-    from uipe_merge.progress import Progress
     from uipe_merge.recipe import Recipe
-    from uipe_merge.report import MergeReport
-
-GRID_NAME = "grid.json"
-SCORES = "scores"
-"""The directory in a grid for what evaluations write, one directory for each variant."""
 
 Family = Literal["uipe", "control", "reference"]
 
@@ -77,20 +65,6 @@ class Grid(NamedTuple):
     variants: list[Variant]
     inputs: Inputs
     command: str
-
-
-class GridReport(NamedTuple):
-    """What a run did.
-
-    Attributes:
-        reports: By variant, of those that were made now.
-        kept: The summary in the manifest of every variant that an earlier run had made.
-        seconds: Wall time.
-    """
-
-    reports: dict[str, MergeReport]
-    kept: dict[str, dict[str, object]]
-    seconds: float
 
 
 def parse_alphas(text: str) -> list[float]:
@@ -174,15 +148,19 @@ def _recipes(
 ) -> list[tuple[str, Family, Recipe]]:
     """Name the variants and give each its recipe."""
     control = recipe.steering.control
-    plain = replace(recipe, steering=replace(recipe.steering, control="none"))
+    uncontrolled = replace(recipe.steering, control="none", granularity=GRANULARITY)
+    if uncontrolled.measured:  # else there is nothing to take over groups
+        uncontrolled = replace(recipe.steering, control="none")
+    plain = replace(recipe, steering=uncontrolled)
     found: list[tuple[str, Family, Recipe]] = []
     if references:
-        bare = replace(plain, rules=(), layers=(), gradient=(), steering=type(recipe.steering)())
+        bare = replace(plain, rules=(), layers=(), gradient=(), steering=PLAIN)
         found.append(("reference-unlearned", "reference", replace(bare, alpha=0.0)))
         if recipe.form == "model":
             found.append(("reference-original", "reference", replace(bare, alpha=-1.0)))
+    there = [chosen for _, _, chosen in found]
     for alpha in alphas:
-        if references and alpha in (0.0, -1.0) and plain.rest() == found[0][2].rest():
+        if replace(plain, alpha=alpha) in there:
             continue  # it would be the reference over again
         found.append((f"uipe-{_written(alpha)}", "uipe", replace(plain, alpha=alpha)))
     moving = [alpha for alpha in alphas if alpha]
@@ -199,111 +177,3 @@ def _recipes(
 
 def _written(alpha: float) -> str:
     return repr(alpha).removesuffix(".0").replace("-", "minus", 1 if alpha < 0 else 0)
-
-
-def run_grid(
-    grid: Grid, executor: Executor, filesystem: FileSystem, progress: Progress
-) -> GridReport:
-    """Make the variants that are not there yet; the checkpoints are read once for all of them.
-
-    Raises:
-        UipeMergeError: As ``running.run``. What was published stays; the same call goes on.
-    """
-    filesystem.make_directory(grid.directory)
-    made = {variant.name: _made(variant) for variant in grid.variants}
-    todo = [variant for variant in grid.variants if made[variant.name] is None]
-    _write_grid(filesystem, grid)
-    reports = run_all([each.job for each in todo], executor, filesystem, progress) if todo else []
-    _write_grid(filesystem, grid)
-    seconds = max((report.seconds for report in reports), default=0.0)
-    names = [variant.name for variant in todo]
-    kept = {name: summary for name, summary in made.items() if summary is not None}
-    return GridReport(dict(zip(names, reports, strict=True)), kept, seconds)
-
-
-def require_grid_room(grid: Grid) -> None:
-    """Refuse what ``run_grid`` would refuse before it writes anything.
-
-    Raises:
-        OutputError: Something is in a variant's place, or the disk has too little room.
-    """
-    require_room(*(variant.job for variant in grid.variants if _made(variant) is None))
-
-
-def write_scripts(grid: Grid, filesystem: FileSystem, scripts: Mapping[str, str]) -> None:
-    """Put scripts into the directory of a grid, in place of older ones."""
-    for name, text in scripts.items():
-        draft = grid.directory / f".{name}.tmp"
-        write_document(filesystem, draft, text.encode("utf-8", "surrogateescape"))
-        filesystem.rename(draft, grid.directory / name)
-
-
-def _made(variant: Variant) -> dict[str, object] | None:
-    """Return the summary of a variant that is there, if this very run made it.
-
-    Raises:
-        CorruptInputError: Its manifest is damaged.
-        OutputError: It cannot be read.
-    """
-    if not (variant.job.output / MANIFEST_NAME).is_file():
-        return None
-    manifest, _ = read_manifest(variant.job.output)
-    summary = manifest.get("summary")
-    ours = manifest.get("run") == run_digest(variant.job)
-    return summary if ours and isinstance(summary, dict) else None
-
-
-def _write_grid(filesystem: FileSystem, grid: Grid) -> None:
-    """Write ``grid.json``: which variants there are to be, and the digests of those that are."""
-    variants = []
-    for variant in grid.variants:
-        manifest = variant.job.output / MANIFEST_NAME
-        digest = None
-        if manifest.is_file():
-            digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
-        variants.append(
-            {
-                "name": variant.name,
-                "path": variant.name,
-                "alpha": variant.alpha,
-                "family": variant.family,
-                "command": variant.job.command,
-                "manifest_sha256": digest,
-            }
-        )
-    original, unlearned = grid.inputs.arguments
-    document = {
-        "schema": 1,
-        "original": original,
-        "unlearned": unlearned,
-        "scores": SCORES,
-        "command": grid.command,
-        "variants": variants,
-    }
-    path = grid.directory / GRID_NAME
-    draft = path.with_name(f".{GRID_NAME}.tmp")
-    write_document(filesystem, draft, (json.dumps(document, indent=1) + "\n").encode())
-    filesystem.rename(draft, path)
-    filesystem.sync_directory(grid.directory)
-
-
-def require_grid_place(grid: Grid) -> None:
-    """Refuse a directory that holds something else than a grid.
-
-    Raises:
-        OutputError: It does.
-    """
-    if not grid.directory.is_dir() or (grid.directory / GRID_NAME).is_file():
-        return
-    names = {variant.name for variant in grid.variants} | {SCORES}
-    strays = [
-        entry.name
-        for entry in sorted(grid.directory.iterdir())
-        if entry.name not in names and not entry.name.startswith(".")
-    ]
-    if strays:
-        raise OutputError(
-            f"is no grid and holds '{strays[0]}'",
-            file=grid.named,
-            remedy="choose another directory",
-        )

@@ -6,13 +6,11 @@ says under ``scores/NAME``. What only the user knows is read from the environmen
 
 from __future__ import annotations
 
+import os
 import shlex
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from uipe_merge.errors import UsageError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 _HEAD = """\
 #!/bin/sh
@@ -20,7 +18,7 @@ _HEAD = """\
 set -eu
 cd "$(dirname "$0")"
 grid=$PWD
-[ $# -gt 0 ] || set -- {names}
+[ $# -gt 0 ] || for manifest in */uipe_merge.json; do set -- "$@" "${{manifest%/*}}"; done
 for name in "$@"; do
   model=$grid/$name
   out=$grid/scores/$name
@@ -49,19 +47,19 @@ _SLURM = """\
 # Add what your cluster wants (--partition, --gres=gpu:1, --time), then: sbatch evaluate.slurm
 set -eu
 cd "${{SLURM_SUBMIT_DIR:-$(dirname "$0")}}"
-set -- {names}
+set --
+for manifest in */uipe_merge.json; do set -- "$@" "${{manifest%/*}}"; done
 shift "$SLURM_ARRAY_TASK_ID"
 exec sh evaluate.sh "$1"
 """
 HARNESSES = ("open-unlearning", "muse", "wmdp", "lm-eval")
 
 
-def evaluate_script(harness: str, names: Sequence[str], retain_logs: str | None = None) -> str:
+def evaluate_script(harness: str, retain_logs: str | None = None) -> str:
     """Return ``evaluate.sh``.
 
     Args:
-        harness: One of ``HARNESSES``, or a command with ``{model}`` and ``{out}`` in it.
-        names: The variants.
+        harness: One of ``HARNESSES``, or a command with ``{model}`` in it, and ``{out}``.
         retain_logs: Evaluation logs of a retain-only model, for OpenUnlearning.
 
     Raises:
@@ -76,7 +74,7 @@ def evaluate_script(harness: str, names: Sequence[str], retain_logs: str | None 
         logs = (
             ""
             if retain_logs is None
-            else f"{shlex.quote(_hydra('retain_logs_path', retain_logs))} "
+            else f"{shlex.quote(_hydra('retain_logs_path', os.fspath(Path(retain_logs).absolute())))} "
         )
         body = _OPEN_UNLEARNING.format(suite=suites[harness], options=logs)
     elif harness in HARNESSES:
@@ -89,12 +87,12 @@ def evaluate_script(harness: str, names: Sequence[str], retain_logs: str | None 
             f"'{harness}' is no harness and no command with {{model}} in it",
             remedy=f"choose one of {', '.join(HARNESSES)}",
         )
-    return _HEAD.format(names=" ".join(names)) + body + "done\n"
+    return _HEAD.format() + body + "done\n"
 
 
-def slurm_script(names: Sequence[str]) -> str:
+def slurm_script(variants: int) -> str:
     """Return ``evaluate.slurm``, which evaluates one variant in each job of an array."""
-    return _SLURM.format(last=len(names) - 1, names=" ".join(names))
+    return _SLURM.format(last=variants - 1)
 
 
 def _command(template: str) -> str:

@@ -65,6 +65,7 @@ class Job:
         names: The same of every further checkpoint, by the name that the recipe has.
         named: The output as the user named it.
         space: What the disk needs and has.
+        beside: Bytes of what is kept until the output is published; of several jobs, once.
         overwrite: Whether a model at the output may be replaced.
         device: Where torch computes what is not compiled, and singular vectors.
     """
@@ -79,6 +80,7 @@ class Job:
     names: dict[str, str]
     named: str
     space: place.Space
+    beside: int
     overwrite: bool
     device: str = "cpu"
 
@@ -196,7 +198,6 @@ def plan_job(
         require_device(device)
         if native.suffices(plan) and not recipe.steering.low_rank:
             plan.warnings.append(f"--device {device} has nothing to do: all of it is compiled")
-    beside = factors_bytes(plan) if recipe.steering.low_rank else 0
     return Job(
         plan=plan,
         pair=pair,
@@ -207,23 +208,19 @@ def plan_job(
         arguments=inputs.arguments,
         names=inputs.names,
         named=named,
-        space=_space(plan, sidecars, target, beside, delivered=folder is not None),
+        space=_space(plan, sidecars, target, delivered=folder is not None),
+        beside=factors_bytes(plan) if recipe.steering.low_rank else 0,
         overwrite=overwrite,
         device=device,
     )
 
 
-def _space(
-    plan: Plan, sidecars: list[Sidecar], target: Path, beside: int, *, delivered: bool
-) -> place.Space:
-    """Measure the disk; of an output that is delivered elsewhere it holds a few shards only.
-
-    ``beside`` are the bytes of what is kept until the output is published.
-    """
+def _space(plan: Plan, sidecars: list[Sidecar], target: Path, *, delivered: bool) -> place.Space:
+    """Measure the disk; of an output that is delivered elsewhere it holds a few shards only."""
     shards = sorted((shard.size for shard in plan.shards), reverse=True)
     if delivered:
         shards = shards[: bucket.IN_HAND]
-    needed = sum(shards) + sum(sidecar.size for sidecar in sidecars) + beside
+    needed = sum(shards) + sum(sidecar.size for sidecar in sidecars)
     files = len(shards) + len(sidecars) + 8  # index, card, manifest, journal, lock, …
     return place.measure(place.existing(target.parent), needed, files)
 
@@ -246,7 +243,7 @@ def require_room(*jobs: Job) -> None:
     if not left:
         return
     first = jobs[0]
-    needed = sum(space.needed for space in left)
+    needed = sum(space.needed for space in left) + max(job.beside for job in jobs)
     together = left[0]._replace(needed=needed, files=sum(space.files for space in left))
     largest = max(shard.size for job in jobs for shard in job.plan.shards)
     parent = place.existing(first.output.parent)

@@ -66,13 +66,14 @@ def to_measure(plan: Plan, directions: Mapping[str, Vector]) -> Measured:
     return Measured(plan._replace(shards=shards), vectors)
 
 
-def key_of(measured: Measured, factors: str) -> str:
+def key_of(measured: Measured, pair: Pair, factors: str) -> str:
     """Return a digest of all that decides the inner products; no coefficient is among it.
 
     ``factors`` is the same of the factors that directions of low rank are made of.
     """
     plan = measured.plan
-    document: list[object] = [NUMERICS, factors, plan.original, plan.unlearned, plan.further]
+    document: list[object] = [NUMERICS, factors, pair.locations]
+    document += [plan.original, plan.unlearned, plan.further]
     for step in plan.steps:
         operands = [[side, spec[1:], noise] for side, spec, noise in step.operands]
         document.append([step.name, step.dtype.name, operands, measured.vectors[step.name]])

@@ -197,7 +197,7 @@ def hold_further(pair: Pair, pairing: Pairing, directions: Directions) -> Furthe
             raise IncompatibleModelsError(
                 f"does not match {pair.unlearned.location}: {listed(found.mismatches)}",
                 file=checkpoint.location,
-                remedy="an update needs every tensor that is extrapolated, stored alike",
+                remedy="an update needs every floating-point tensor of the two, stored alike",
             )
         specs[number] = {name: found.pairs[name][0] for name in names}
         warnings += [line for line in checkpoint.warnings if line not in warnings]

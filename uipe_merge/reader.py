@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from uipe_merge.aligned import allocate, placed
@@ -29,6 +31,17 @@ class Pair(NamedTuple):
     def sides(self) -> tuple[Checkpoint, ...]:
         """All of them, in the order in which a plan counts them."""
         return (self.original, self.unlearned, *self.further)
+
+    @property
+    def locations(self) -> list[list[str]]:
+        """Where each side is read from: with its headers it tells one checkpoint from another."""
+        return [
+            [
+                os.path.realpath(location) if Path(location).is_dir() else location
+                for location in side
+            ]
+            for side in ([each.location for each in one.folders.values()] for one in self.sides)
+        ]
 
 
 class BlockReader:

@@ -109,9 +109,12 @@ def _write_all(
                 device=jobs[0].device,
             )
             require_unchanged(jobs[0].pair)
-    except (NumericError, CorruptInputError):
+    except (NumericError, CorruptInputError) as error:
         for number in todo:
-            stagings[number].discard()  # it would fail again: there is nothing to go on with
+            # It would fail again: there is nothing to go on with. What is done of others stays.
+            alone = len(todo) == 1 or isinstance(error, CorruptInputError)
+            if alone or not stagings[number].journal.shards():
+                stagings[number].discard()
         raise
     finally:
         progress.close()

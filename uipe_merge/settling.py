@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from uipe_merge.arithmetic.terms import Vector
+    from uipe_merge.decomposing import Factors
     from uipe_merge.executors import Executor
     from uipe_merge.job import Job
     from uipe_merge.output.filesystem import FileSystem
@@ -51,6 +52,7 @@ def settle_all(
     """
     settled: list[Settled] = []
     places: dict[tuple[str, ...], Path] = {}
+    known: dict[Path, Factors] = {}
     pair = jobs[0].pair
     for job in jobs:
         # α = 0 takes a tensor out of what is measured.
@@ -60,14 +62,20 @@ def settle_all(
             if places[grouped] != directory:
                 filesystem.make_directory(directory)
         place = places.get(grouped, directory)
-        found = settle(replace(job, pair=pair), place, filesystem, executor, progress)
+        job = replace(job, pair=pair)  # noqa: PLW2901 - with the factors found so far
+        found = settle(job, place, filesystem, executor, progress, known)
         pair = found.pair
         settled.append(found)
     return settled
 
 
 def settle(
-    job: Job, directory: Path, filesystem: FileSystem, executor: Executor, progress: Progress
+    job: Job,
+    directory: Path,
+    filesystem: FileSystem,
+    executor: Executor,
+    progress: Progress,
+    known: dict[Path, Factors] | None = None,
 ) -> Settled:
     """Measure what the steps depend on, or find it measured by an earlier run; then resolve them.
 
@@ -77,11 +85,13 @@ def settle(
         filesystem: How to write there.
         executor: On what to run.
         progress: Told of every block.
+        known: Factors that were found for other jobs, by directory; the job's pair has them.
 
     Raises:
         NumericError: A value is not finite, or a coefficient is too large.
         CorruptInputError: An input changed or ended early.
     """
+    known = {} if known is None else known
     plan, pair = job.plan, job.pair
     if plan.directions is None:
         return Settled(plan, pair, [], {})
@@ -97,15 +107,21 @@ def settle(
     if steering.low_rank:
         from uipe_merge.decomposing import decompose  # imports numpy, as measuring does
 
-        plan, pair, directions, ranks, factors = decompose(
-            plan, pair, directory, filesystem, executor, progress, device=job.device
-        )
+        if directory not in known:
+            known[directory] = decompose(
+                plan, pair, directory, filesystem, executor, progress, device=job.device
+            )
+            pair = pair._replace(further=(*pair.further, known[directory].checkpoint))
+        _, _, ranks, factors = known[directory]
+        plan, directions = known[directory].attached(plan)
     products: Products = {}
     if steering.measured:
         from uipe_merge.measuring import key_of, measure, to_measure
 
         measured = to_measure(plan, directions)
-        memo, key = Memo(filesystem, directory / "products"), key_of(measured, factors)
+        # A control measures one vector more: both are kept, for a grid of both.
+        name = "products" if steering.control == "none" else "products-control"
+        memo, key = Memo(filesystem, directory / name), key_of(measured, pair, factors)
         kept = memo.recall(key)
         if kept is None:
             products = measure(measured, pair, executor, progress, job.block)

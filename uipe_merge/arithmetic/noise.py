@@ -1,4 +1,6 @@
-"""Noise for stochastic rounding and for random directions: a pure function of a tensor's key and an element's index.
+"""Noise for stochastic rounding and for random directions.
+
+It is a pure function of a tensor's key and an element's index.
 
 Neither threads nor blocks nor an interruption change it, and any element's bits can be had
 alone. The generator is SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number

@@ -39,10 +39,12 @@ from uipe_merge.cli.options import (
     Threads,
     Unlearned,
 )
+from uipe_merge.errors import UsageError
 from uipe_merge.steering import GRANULARITY, MAX_ALPHA, MIN_COS
 
 if TYPE_CHECKING:
-    from uipe_merge.grids import Grid, GridReport
+    from uipe_merge.gridding import GridReport
+    from uipe_merge.grids import Grid
 
 
 def grid(
@@ -102,7 +104,7 @@ def grid(
     quiet: Quiet = False,
 ) -> None:
     """Write a model for every α, each as merge would; ORIGINAL and UNLEARNED are read once."""
-    from uipe_merge import api, grids
+    from uipe_merge import api, gridding, grids
     from uipe_merge.executors import make_executor
     from uipe_merge.harnesses import evaluate_script, slurm_script
     from uipe_merge.inputs import open_inputs
@@ -149,20 +151,23 @@ def grid(
         overwrite=overwrite,
         device=device,
     )
-    names = [variant.name for variant in planned.variants]
     scripts = {}
     if harness is not None:
-        scripts["evaluate.sh"] = evaluate_script(harness, names, retain_logs)
-        scripts["evaluate.slurm"] = slurm_script(names)
-    grids.require_grid_place(planned)
+        scripts["evaluate.sh"] = evaluate_script(harness, retain_logs)
+        scripts["evaluate.slurm"] = slurm_script(len(planned.variants))
+    elif retain_logs is not None:
+        raise UsageError("--retain-logs says nothing without --eval", remedy="leave it out")
+    gridding.require_grid_place(planned)
     if dry_run:
-        grids.require_grid_room(planned)
+        gridding.require_grid_room(planned)
         _show_plan(out, planned)
         return
-    executor = make_executor(threads, remote=planned.variants[0].job.remote)
+    executor = make_executor(
+        threads, remote=planned.variants[0].job.remote, outputs=len(planned.variants)
+    )
     filesystem = LocalFileSystem()
-    report = grids.run_grid(planned, executor, filesystem, out.progress())
-    grids.write_scripts(planned, filesystem, scripts)
+    report = gridding.run_grid(planned, executor, filesystem, out.progress())
+    gridding.write_scripts(planned, filesystem, scripts)
     _show(out, planned, report, scripts)
 
 
