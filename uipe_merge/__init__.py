@@ -1,9 +1,9 @@
 """Post-hoc checkpoint arithmetic for LLM unlearning: θᵤ + α·(θᵤ − θ₀), streamed.
 
-``merge`` writes an extrapolated model, ``grid`` one for every α, ``load`` gives one in memory, ``plan`` says what that would take, ``inspect``
-measures an update before anything is written, ``verify`` checks a written model. The
-exceptions are those of ``uipe_merge.errors``. Importing the package loads neither torch nor
-transformers.
+``merge`` writes an extrapolated model, ``grid`` one for every α, ``load`` gives one in memory;
+``plan`` says what a merge would take, ``inspect`` measures an update before anything is written,
+``verify`` checks a written model. The exceptions are those of ``uipe_merge.errors``. Importing the
+package loads neither torch nor transformers.
 """
 
 from __future__ import annotations

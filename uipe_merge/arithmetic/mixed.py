@@ -1,8 +1,9 @@
 """θᵤ + Σₜ cₜ·xₜ, a cell at a time: steps made of more checkpoints than two.
 
 Every x is a difference of two *operands* or one operand itself; see ``terms``. Operands are
-tensors of several checkpoints with the same number of elements. The working type and the one rounding are those of ``blocks``, and so are the reasons for
-separate subtractions, multiplications and additions.
+tensors of several checkpoints with the same number of elements. The working type and the one
+rounding are those of ``blocks``, and so are the reasons for separate subtractions,
+multiplications and additions.
 
 The inner products are summed in one order, which ``mixed.c`` keeps too: coefficients made from
 them must not depend on which of the two has run.
