@@ -116,8 +116,7 @@ class TestMerging:
             words = [str(word).format(unlearned) for word in steering]
             done = case.cli(original, unlearned, "-o", out, "-q", "--rank-all", *words)
             assert done.code == 0, done
-            at_home = isinstance(out, Path)
-            found.append(contents(out) if at_home else case.bucket.contents("out"))
+            found.append(contents(out) if isinstance(out, Path) else case.bucket.contents("out"))
         assert differing(*found) <= NAMED
 
     def test_from_bucket_to_bucket_as_from_disk_to_disk(self, case: Case) -> None:
