@@ -119,7 +119,7 @@ class Staging:
         self._filesystem.sync_directory(self.output.parent)
         if self.journal.identity() == identity:
             self.done = self._verified()
-        else:
+        elif self.measured.exists():
             self._filesystem.remove_tree(self.measured)
         for entry in _entries(self.model):
             if entry.name not in self.done:
