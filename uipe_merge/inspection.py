@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from uipe_merge import native
 from uipe_merge.bits import count_differing
 from uipe_merge.checkpoint.pair import match
+from uipe_merge.computing import Computing
 from uipe_merge.cutting import Block, blocks
 from uipe_merge.fetching import fetch, require_room, wanted
 from uipe_merge.guard import Guard
@@ -25,9 +26,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
 
-    from uipe_merge.deltas import Deltas, Growths
+    from uipe_merge.deltas import Growths
     from uipe_merge.executors import Executor
-    from uipe_merge.kernels import Kernels
     from uipe_merge.progress import Progress
     from uipe_merge.recipe import Recipe
     from uipe_merge.resolving import Products
@@ -130,9 +130,7 @@ class InspectWorker:
         self._alphas = alphas
         self._reader = BlockReader(pair, widest_input(plan), BLOCK)
         self._guard = Guard(plan, pair)
-        self._pair = pair
-        self._growths = growths
-        self._lazy: tuple[Kernels, Deltas] | None = None
+        self._computing = Computing(pair, growths)
         self._out = memoryview(bytearray(BLOCK * 8))
 
     def __call__(self, block: Block) -> tuple[Block, list[tuple[float, ...]]]:
@@ -152,7 +150,7 @@ class InspectWorker:
             if found is not None:
                 return block, found
         rows = []
-        kernels, deltas = self._arithmetic()
+        kernels, deltas = self._computing.get()
         for row, finite in kernels.measure(
             here, original, unlearned, out, self._alphas, deltas.at(step, block.start)
         ):
@@ -164,16 +162,7 @@ class InspectWorker:
     def close(self) -> None:
         """Close the input files."""
         self._reader.close()
-        if self._lazy is not None:
-            self._lazy[1].close()
-
-    def _arithmetic(self) -> tuple[Kernels, Deltas]:
-        if self._lazy is None:
-            from uipe_merge.deltas import Deltas
-            from uipe_merge.kernels import Kernels
-
-            self._lazy = Kernels(), Deltas(self._pair, self._growths)
-        return self._lazy
+        self._computing.close()
 
 
 def _items(plan: Plan, width: int) -> Iterator[Block]:

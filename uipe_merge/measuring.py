@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from uipe_merge import native
 from uipe_merge.checkpoint.header import ZERO
+from uipe_merge.computing import Computing
 from uipe_merge.cutting import Block, blocks
 from uipe_merge.errors import NumericError
 from uipe_merge.guard import Guard
@@ -26,9 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from uipe_merge.arithmetic.terms import Vector
-    from uipe_merge.deltas import Deltas, Growths
+    from uipe_merge.deltas import Growths
     from uipe_merge.executors import Executor
-    from uipe_merge.kernels import Kernels
     from uipe_merge.plan import Step
     from uipe_merge.progress import Progress
 
@@ -133,8 +133,7 @@ class ProductsWorker:
         self._pair = pair
         self._reader = BlockReader(pair, widest_input(self._plan), block)
         self._guard = Guard(self._plan, pair)
-        self._growths = growths
-        self._lazy: tuple[Kernels, Deltas] | None = None
+        self._computing = Computing(pair, growths)
 
     def __call__(self, block: Block) -> tuple[Block, list[tuple[float, ...]]]:
         """Return the block and the inner products of each of its cells."""
@@ -146,7 +145,7 @@ class ProductsWorker:
         if native.covers(step):
             rows = native.products(step, operands, vectors)
         else:
-            kernels, deltas = self._arithmetic()
+            kernels, deltas = self._computing.get()
             cells = deltas.at(whole, block.start)
             rows = list(kernels.products(step, operands, vectors, cells))
         if not all(math.isfinite(value) for row in rows for value in row):
@@ -162,13 +161,4 @@ class ProductsWorker:
     def close(self) -> None:
         """Close the input files."""
         self._reader.close()
-        if self._lazy is not None:
-            self._lazy[1].close()
-
-    def _arithmetic(self) -> tuple[Kernels, Deltas]:
-        if self._lazy is None:
-            from uipe_merge.deltas import Deltas
-            from uipe_merge.kernels import Kernels
-
-            self._lazy = Kernels(), Deltas(self._pair, self._growths)
-        return self._lazy
+        self._computing.close()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from uipe_merge import native
 from uipe_merge.aligned import allocate, placed
 from uipe_merge.bits import count_differing
+from uipe_merge.computing import Computing
 from uipe_merge.guard import Guard
 from uipe_merge.plan import BLOCK, Plan, Step
 from uipe_merge.reader import BlockReader, Pair, widest_input
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from uipe_merge.cutting import Block
-    from uipe_merge.deltas import Deltas, Growths
-    from uipe_merge.kernels import Kernels
+    from uipe_merge.deltas import Growths
     from uipe_merge.output.shard import ShardWriter
 
 Rows = list[tuple[float, ...]]
@@ -82,10 +82,7 @@ class MergeWorker:
         self._guards = [Guard(plan, pair) for plan in plans]
         width = max((step.dtype.bits // 8 for step in plans[0].steps), default=1)
         self._out = allocate(block * width)
-        self._pair = pair
-        self._growths = growths
-        self._device = device
-        self._lazy: tuple[Kernels, Deltas] | None = None
+        self._computing = Computing(pair, growths, device)
 
     def __call__(self, block: Block) -> BlockResult:
         """Read, compute and write one block."""
@@ -104,8 +101,7 @@ class MergeWorker:
     def close(self) -> None:
         """Close the input files."""
         self._reader.close()
-        if self._lazy is not None:
-            self._lazy[1].close()
+        self._computing.close()
 
     def _produce(
         self, guard: Guard, whole: Step, block: Block, place: int
@@ -122,7 +118,7 @@ class MergeWorker:
         guard.check_bytes(source, step.source.dtype, whole.source, side)
         if step.operation == "cast":
             out = self._out_view(step, block, place)
-            kernels, _ = self._arithmetic()
+            kernels, _ = self._computing.get()
             kernels.cast(step, source, out)
             guard.check_cast(out, whole, kernels)
             return out, []
@@ -152,7 +148,7 @@ class MergeWorker:
             if found is not None:
                 return found
         sums: Rows = []
-        kernels, deltas = self._arithmetic()
+        kernels, deltas = self._computing.get()
         cells = deltas.at(whole, first)
         compute = kernels.mix if step.terms else kernels.extrapolate
         for moments, finite in compute(step, operands, out, cells, first):
@@ -163,11 +159,3 @@ class MergeWorker:
 
     def _out_view(self, step: Step, block: Block, place: int) -> memoryview:
         return placed(self._out, block.elements * (step.dtype.bits // 8), place)
-
-    def _arithmetic(self) -> tuple[Kernels, Deltas]:
-        if self._lazy is None:
-            from uipe_merge.deltas import Deltas
-            from uipe_merge.kernels import Kernels
-
-            self._lazy = Kernels(self._device), Deltas(self._pair, self._growths)
-        return self._lazy
