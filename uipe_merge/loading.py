@@ -12,17 +12,19 @@ Memory: one model and a few blocks; what is converted is held twice while it is 
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from uipe_merge.api import make_recipe
 from uipe_merge.checkpoint.pair import tied_names
 from uipe_merge.errors import IncompatibleModelsError, UsageError, listed
 from uipe_merge.filling import Place, Source, lay_out, outline, recognised
+from uipe_merge.making import Maker, make_maker
 from uipe_merge.opening import locations
 from uipe_merge.steering import PLAIN, Steering
 
@@ -129,7 +131,7 @@ def load(  # noqa: PLR0913 - one keyword-only argument an option of the merge
     paths = (_fixed(original), _fixed(unlearned))
     source = Source(*paths, allow_pickle, dequantize, device, threads)
     with source.settled(asked) as (job, settled, directory):
-        maker = _maker(model_class, job, directory, from_pretrained)
+        maker = make_maker(model_class, job, directory, from_pretrained)
         places, state = lay_out(settled.plan, job.pair)
         targets = {
             step.name: state[place.name].view(-1)[place.start : place.start + step.elements]
@@ -218,7 +220,7 @@ class Extrapolation:
     recipe: Recipe
     warnings: list[str]
     source: Source
-    maker: _Maker
+    maker: Maker
     outline: dict[str, tuple[tuple[int, ...], str]]
     places: dict[str, Place]
     found: dict[str, str]
@@ -289,7 +291,7 @@ class Extrapolation:
         for name, place in self.places.items():
             if (where := self.found.get(place.name)) is not None:
                 shape, _ = self.outline[name]
-                counts[where] = counts.get(where, 0) + _elements(shape)
+                counts[where] = counts.get(where, 0) + math.prod(shape)
         lost = [
             name
             for name, count in counts.items()
@@ -321,93 +323,7 @@ class _Bound:
         return _Bound, ()  # pickled it forgets the model; set_alpha(model, …) still moves it
 
 
-class _Maker(NamedTuple):
-    """What makes a model of tensors: a class of transformers with its arguments."""
-
-    cls: Any
-    config: Any
-    generation: Any
-    options: dict[str, object]
-
-    def make(self, state: dict[str, torch.Tensor]) -> tuple[PreTrainedModel, set[str]]:
-        """Return the model, and the buffers that the tensors say nothing of.
-
-        Raises:
-            IncompatibleModelsError: They do not fit, or a parameter is not among them.
-        """
-        try:
-            model, said = self.cls.from_pretrained(
-                None,
-                config=self.config,
-                state_dict=state,
-                output_loading_info=True,
-                dtype="auto",
-                **self.options,
-            )
-        except (ValueError, RuntimeError) as error:
-            raise _unmade(error) from error
-        missing = set(said["missing_keys"])
-        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        if lacking := sorted(missing & parameters):
-            raise IncompatibleModelsError(
-                f"the checkpoints lack parameters of {self.cls.__name__}: {listed(lacking)}",
-                remedy="give the model_class that they were saved from",
-            )
-        if self.generation is not None:
-            model.generation_config = self.generation
-        return model, missing
-
-
 def _fixed(argument: PathLike) -> str:
     """Return an argument that means the same from another working directory."""
     parts = locations(argument)
     return "+".join(str(Path(part).absolute()) if Path(part).is_dir() else part for part in parts)
-
-
-def _maker(
-    model_class: Any,  # noqa: ANN401 - a class of transformers
-    job: Job,
-    directory: Path,
-    options: dict[str, object],
-) -> _Maker:
-    """Read the configuration that ``merge`` would write, and find the class that it names."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-
-    from uipe_merge.finishing import config_edits
-    from uipe_merge.output.filesystem import LocalFileSystem
-    from uipe_merge.output.sidecars import Edits, copy_sidecar
-
-    names, edits = ("config.json", "generation_config.json"), config_edits(job)
-    sidecars = {each.name: each for each in job.sidecars if each.name in names}
-    if names[0] not in sidecars:
-        raise IncompatibleModelsError(
-            "has no config.json, so nothing says what model it is", file=job.arguments[1]
-        )
-    for name, sidecar in sidecars.items():
-        copy_sidecar(LocalFileSystem(), sidecar, directory, edits.get(name, Edits()))
-    cls = model_class or AutoModelForCausalLM
-    generation = None
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        if not issubclass(cls, PreTrainedModel):  # one of the Auto classes
-            with torch.device("meta"):
-                shape = cls.from_config(config, trust_remote_code=False)
-            cls, config = type(shape), shape.config
-        if names[1] in sidecars and "generation_config" not in options:
-            generation = GenerationConfig.from_pretrained(directory)
-    except (ValueError, OSError) as error:
-        raise _unmade(error) from error
-    return _Maker(cls, config, generation, options)
-
-
-def _unmade(error: Exception) -> IncompatibleModelsError:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return IncompatibleModelsError(f"transformers cannot make the model: {lines[0]}")
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
