@@ -12,7 +12,7 @@ Record = dict[str, Any]
 METHODS = ("ga", "graddiff", "klmin", "npo")
 SPLITS = ("forget", "retain", "real_authors", "world_facts")
 SETTINGS = "settings.json"
-ALPHAS = (0.0, 0.5, 1.0, 2.0, 4.0)
+ALPHAS = (0.0, 1.0, 2.0, 4.0)
 
 
 def stop(message: str) -> NoReturn:

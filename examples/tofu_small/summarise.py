@@ -13,7 +13,7 @@ import io
 import math
 import statistics
 from collections import defaultdict
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 FAMILIES = ("plain", "away", "energy", "mlp", "add", "longer", "control")
 REFERENCES = ("full", "retain")
 METRICS = ("log10_forget_quality", "model_utility", "forget_probability", "forget_rouge")
+MEASURES = {"log10_forget_quality": 1, "forget_probability": -1, "forget_rouge": -1}
+"""What tells of forgetting; where less of it is more forgetting, -1."""
+DRAWN = ("log10_forget_quality", "forget_rouge")
 # Okabe and Ito's colours, told apart by the colour-blind.
 COLOURS = ("#0072B2", "#009E73", "#56B4E9", "#CC79A7", "#D55E00", "#000000", "#E69F00")
 MARKERS = "oDv^sPX"
@@ -49,10 +52,9 @@ class Row(NamedTuple):
     alpha: float
     values: dict[str, float]
 
-    @property
-    def forgetting(self) -> float:
-        """log10 of forget quality."""
-        return self.values["log10_forget_quality"]
+    def forgetting(self, measure: str) -> float:
+        """Return what is more where more was forgotten."""
+        return MEASURES[measure] * self.values[measure]
 
     @property
     def utility(self) -> float:
@@ -71,7 +73,8 @@ def main() -> None:
     if len(set(keys)) < len(keys):
         shared.stop("two of the directories are of the same seed")
     write(given.output / "summary.csv", summary(rows))
-    write(given.output / "equal_forgetting.csv", equal_forgetting(rows))
+    equal = [line for measure in MEASURES for line in equal_forgetting(rows, measure)]
+    write(given.output / "equal_forgetting.csv", equal)
     shared.write_changed(given.output / "tradeoff.png", picture(rows))
     print(f"{len(rows)} models of {len({row.seed for row in rows})} seeds: {given.output}")
 
@@ -153,10 +156,10 @@ def grouped(rows: Sequence[Row]) -> dict[tuple[str, str, float], list[Row]]:
     }
 
 
-def equal_forgetting(rows: Sequence[Row]) -> list[dict[str, object]]:
+def equal_forgetting(rows: Sequence[Row], measure: str) -> list[dict[str, object]]:
     """Return the utility of every family where it forgets as much as the plain step does.
 
-    For each α of the plain step, by seed: the forget quality that it reaches is a level, and
+    For each α of the plain step, by seed: the forgetting that it reaches is a level, and
     another family's utility at that level is read off its path from the unlearned model over
     growing α, by a straight line between neighbours, where the path first rises through the
     level. A seed counts where the plain step forgets more than the unlearned model, and the
@@ -170,37 +173,45 @@ def equal_forgetting(rows: Sequence[Row]) -> list[dict[str, object]]:
                 paths[row.seed, row.family].append(row)
         seeds = sorted({seed for seed, _ in paths})
         alphas = sorted({row.alpha for row in rows if row.family == "plain" and row.alpha > 0})
-        for alpha in alphas:
-            for family in FAMILIES[1:]:
-                pairs = []
-                for seed in seeds:
-                    plain = paths[seed, "plain"]
-                    level = next((row for row in plain if row.alpha == alpha), None)
-                    start = next((row for row in plain if row.alpha == 0), None)
-                    if level is None or start is None or not level.forgetting > start.forgetting:
-                        continue
-                    path = paths[seed, family]
-                    if path and path[0].alpha > 0:
-                        path = [start, *path]
-                    utility = crossing(path, level.forgetting)
-                    if utility is not None:
-                        pairs.append((level, utility))
-                gains = [utility - level.utility for level, utility in pairs]
-                found.append(
-                    {
-                        "method": method,
-                        "plain_alpha": alpha,
-                        "family": family,
-                        "seeds": len(seeds),
-                        "seeds_counted": len(pairs),
-                        "log10_forget_quality": mean([level.forgetting for level, _ in pairs]),
-                        "plain_utility": mean([level.utility for level, _ in pairs]),
-                        "utility": mean([utility for _, utility in pairs]),
-                        "difference": mean(gains),
-                        "difference_sd": spread(gains),
-                    }
-                )
+        for alpha, family in product(alphas, FAMILIES[1:]):
+            pairs = [
+                pair
+                for seed in seeds
+                for pair in at_level(paths[seed, "plain"], paths[seed, family], alpha, measure)
+            ]
+            gains = [utility - level.utility for level, utility in pairs]
+            found.append(
+                {
+                    "measure": measure,
+                    "method": method,
+                    "plain_alpha": alpha,
+                    "family": family,
+                    "seeds": len(seeds),
+                    "seeds_counted": len(pairs),
+                    "level": mean([level.values[measure] for level, _ in pairs]),
+                    "plain_utility": mean([level.utility for level, _ in pairs]),
+                    "utility": mean([utility for _, utility in pairs]),
+                    "difference": mean(gains),
+                    "difference_sd": spread(gains),
+                }
+            )
     return found
+
+
+def at_level(
+    plain: Sequence[Row], path: Sequence[Row], alpha: float, measure: str
+) -> list[tuple[Row, float]]:
+    """Return the plain step at α and the utility of another path there; nothing if it is none."""
+    level = next((row for row in plain if row.alpha == alpha), None)
+    start = next((row for row in plain if row.alpha == 0), None)
+    if level is None or start is None:
+        return []
+    reached = level.forgetting(measure)
+    if not reached > start.forgetting(measure):
+        return []
+    whole = [start, *path] if path and path[0].alpha > 0 else path
+    utility = crossing(whole, reached, measure)
+    return [] if utility is None else [(level, utility)]
 
 
 def mean(values: Sequence[float]) -> float | str:
@@ -208,64 +219,87 @@ def mean(values: Sequence[float]) -> float | str:
     return statistics.fmean(values) if values else ""
 
 
-def crossing(path: Sequence[Row], level: float) -> float | None:
+def crossing(path: Sequence[Row], level: float, measure: str) -> float | None:
     """Return the utility where a path first rises through a level; None if it never does."""
     for low, high in pairwise(path):
-        if low.forgetting < level <= high.forgetting:
-            share = (level - low.forgetting) / (high.forgetting - low.forgetting)
+        below, above = low.forgetting(measure), high.forgetting(measure)
+        if below < level <= above:
+            share = (level - below) / (above - below)
             return low.utility + share * (high.utility - low.utility)
     return None
 
 
 def picture(rows: Sequence[Row]) -> bytes:
-    """Return a PNG: forgetting against utility, one panel a method, bars for the spread."""
+    """Return a PNG: forgetting against utility, a column a method, bars for the spread."""
     import matplotlib as mpl
     import matplotlib.pyplot as plt
 
     mpl.use("agg")
     methods = sorted({row.method for row in rows})
     figure, panels = plt.subplots(
-        1, len(methods), figsize=(1.5 + 5 * len(methods), 5), squeeze=False, sharey=True
+        len(DRAWN),
+        len(methods),
+        figsize=(1.5 + 3.5 * len(methods), 7.5),
+        squeeze=False,
+        sharex=True,
+        sharey="row",
     )
     groups = grouped(rows)
+    for measure, line in zip(DRAWN, panels, strict=True):
+        for axes, method in zip(line, methods, strict=True):
+            draw(axes, groups, method, measure)
+        line[0].set_ylabel(measure.replace("_", " "))
+        if MEASURES[measure] < 0:
+            line[0].invert_yaxis()  # up is more forgetting in both
     for axes, method in zip(panels[0], methods, strict=True):
-        for family, colour, marker in zip(FAMILIES, COLOURS, MARKERS, strict=True):
-            mine = [
-                place(members)
-                for (whose, which, alpha), members in groups.items()
-                if (whose, which) == (method, family)
-                or (
-                    family not in {"plain", "add"} and (whose, which, alpha) == (method, "plain", 0)
-                )
-            ]
-            if mine:
-                mine.sort(key=lambda point: point["alpha"])
-                bars(axes, mine, color=colour, marker=marker, linewidth=1, label=family)
-        for family, marker in zip(REFERENCES, "x*", strict=True):
-            mine = [
-                place(members) for key, members in groups.items() if key[:2] == (method, family)
-            ]
-            bars(axes, mine, color="0.4", marker=marker, linestyle="none", label=family)
         axes.set_title(method)
+    for axes in panels[-1]:
         axes.set_xlabel("model utility")
-        axes.grid(visible=True, color="0.92")
     seeds = len({row.seed for row in rows})
     said = f"{seeds} seeds, bars: standard deviation" if seeds > 1 else "one seed"
-    panels[0][0].set_ylabel(f"log10 forget quality ({said})")
-    panels[0][-1].legend(fontsize=8)
-    figure.tight_layout()
+    named = panels[0][-1].get_legend_handles_labels()
+    figure.legend(*named, title=said, loc="upper center", ncols=len(named[1]), fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 0.92))
     held = io.BytesIO()
-    figure.savefig(held, format="png", dpi=120)
+    figure.savefig(held, format="png", dpi=110)
     plt.close(figure)
     return held.getvalue()
 
 
-def place(members: Sequence[Row]) -> dict[str, float]:
+def draw(
+    axes: Any,  # noqa: ANN401 - matplotlib's
+    groups: dict[tuple[str, str, float], list[Row]],
+    method: str,
+    measure: str,
+) -> None:
+    """Draw the paths of one method's families, and the references."""
+    for family, colour, marker in zip(FAMILIES, COLOURS, MARKERS, strict=True):
+        starts = family not in {"plain", "add"}
+        mine = [
+            place(members, measure)
+            for (whose, which, alpha), members in groups.items()
+            if (whose, which) == (method, family)
+            or (starts and (whose, which, alpha) == (method, "plain", 0))
+        ]
+        if mine:
+            mine.sort(key=lambda point: point["alpha"])
+            bars(axes, mine, color=colour, marker=marker, linewidth=1, label=family)
+    for family, marker in zip(REFERENCES, "x*", strict=True):
+        mine = [
+            place(members, measure)
+            for key, members in groups.items()
+            if key[:2] == (method, family)
+        ]
+        bars(axes, mine, color="0.4", marker=marker, linestyle="none", label=family)
+    axes.grid(visible=True, color="0.92")
+
+
+def place(members: Sequence[Row], measure: str) -> dict[str, float]:
     """Return where the seeds of one point lie, and how far apart."""
     found = {"alpha": members[0].alpha}
     for name, values in (
         ("x", [row.utility for row in members]),
-        ("y", [row.forgetting for row in members]),
+        ("y", [row.values[measure] for row in members]),
     ):
         found[name] = statistics.fmean(values)
         found[f"{name}_sd"] = statistics.stdev(values) if len(values) > 1 else 0.0

@@ -37,7 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("out", type=Path, metavar="OUT", help="directory that train.py made")
     parser.add_argument("--method", choices=shared.METHODS, required=True)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--rate", type=float, default=2e-4, help="learning rate, constant")
+    parser.add_argument("--rate", type=float, default=3e-4, help="learning rate, constant")
     parser.add_argument("--repair-steps", type=int, default=12, help="on questions to keep")
     return parser.parse_args()
 
