@@ -63,6 +63,9 @@ class Judge(NamedTuple):
         inside = [trial for trial in everything if bench.space.holds(trial.point)]
         ordered = sorted(inside, key=lambda trial: (self.merit(trial), -_size(trial.point)))
         kept = " and ".join(f"{constraint}" for constraint, _ in self.bounds)
+        if everything and not inside:
+            why = "every trial went to what a bound is relative to; give more of them"
+            return SearchResult(None, f"nothing was found: {why}", everything)
         if not ordered or self.merit(ordered[-1])[0] < 1:
             why = _first_lack(
                 everything, [self.objective, *(each.metric for each, _ in self.bounds)]
@@ -86,6 +89,8 @@ class Judge(NamedTuple):
             f"{best.point} has the {word} {self.objective}, {best.row.score(self.objective):.4g}, "
             f"of the {meeting} of {len(inside)} that keep {kept}"
         )
+        if len(inside) == 1:
+            reason += "; nothing else was tried: another α may be better"
         if bench.space.high in best.point.alphas:
             reason += "; it lies at the end of the range: a larger α may be better"
         return SearchResult(best, reason, everything)
