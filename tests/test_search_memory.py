@@ -14,8 +14,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from helpers import Result, assert_refused, contents, run_here
+from helpers import Result, assert_refused, contents, read_tensors, run_here, write_checkpoint
 from test_evaluate import FACTS, FORGET, RETAIN, make_llama, make_tokenizer
+from test_families import FAMILIES, make_pair
 
 import uipe_merge
 from uipe_merge import NumericError, Steering, UsageError, loading
@@ -208,22 +209,18 @@ def test_a_killed_search_goes_on_and_comes_to_the_same(root: Path, counted: list
     assert (study(root), contents(root / "best")) == (kept, best)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
+def test_trials_of_other_questions_are_not_taken(root: Path) -> None:
+    write_questions(root / "fewer.json", FORGET[:-1])
+    assert run(*REFERENCE, *KEEPING, trials=1).code == 0
+    for change in (
         ("--forget", "fewer.json"),
         ("--limit", 2),
         ("--max-new-tokens", 5),
         ("--template", "{q} {a}"),
         ("--reference", "original"),
         ("--world-facts", "facts.json"),
-    ],
-    ids=str,
-)
-def test_trials_of_other_questions_are_not_taken(change: tuple[object, ...], root: Path) -> None:
-    write_questions(root / "fewer.json", FORGET[:-1])
-    assert run(*REFERENCE, *KEEPING, trials=1).code == 0
-    assert_refused(run(*REFERENCE, *KEEPING, *change, trials=2), 2, "holds another search")
+    ):
+        assert_refused(run(*REFERENCE, *KEEPING, *change, trials=2), 2, "holds another search")
 
 
 def test_batch_size_and_device_do_not_make_it_another_search(
@@ -286,6 +283,30 @@ def test_an_alpha_that_overflows_is_a_trial_and_the_model_is_as_before(
     assert counted.count("load") == 1
     assert done.out.count("problem") == len(states)
     assert done.err.count("α = ") == len(problems)
+
+
+def test_a_model_that_must_be_untied_is_loaded_again(
+    root: Path, counted: list[str], tmp_path: Path
+) -> None:
+    pair = make_pair(FAMILIES["Llama, tied"], tmp_path / "tied")
+    for side, shift in zip(pair, (0.0, 0.25), strict=True):
+        tensors = read_tensors(side)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + shift
+        config = json.loads((side / "config.json").read_text())
+        for file in side.glob("*.safetensors"):
+            file.unlink()
+        write_checkpoint(side, tensors, config=config)
+
+    def head(model: Any) -> dict[str, float]:
+        tied = model.lm_head.weight is model.model.embed_tokens.weight
+        return {"tied": float(tied), "u": 1.0}
+
+    options: dict[str, Any] = {"maximise": "tied", "subject_to": "u>=1", "progress": False}
+    report = uipe_merge.search(
+        *pair, root / "best", evaluate=head, alphas=(-1, 1), trials=3, **options
+    )
+    assert [(t.point.alpha, t.scores["tied"]) for t in report.trials] == [(-1, 1), (0, 0), (1, 0)]
+    assert counted == ["load", "load"]
 
 
 def test_all_scores_are_nan(made: Path, root: Path) -> None:
@@ -472,7 +493,7 @@ def test_questions_and_a_recipe_in_python(root: Path, counted: list[str]) -> Non
 
 def test_evaluate_takes_paths_models_files_and_lists(root: Path, counted: list[str]) -> None:
     reference = root / "retain-only"
-    files = {"forget": root / "forget.json", "retain": str(root / "retain.json")}
+    files: dict[str, Any] = {"forget": root / "forget.json", "retain": str(root / "retain.json")}
     found = uipe_merge.evaluate(root / "unlearned", **files, reference=reference, **CHEAP)
     model = loading.load(root / "original", root / "unlearned", alpha=0)
     lists: dict[str, Any] = {"forget": FORGET, "retain": [each.record for each in RETAIN]}
@@ -517,4 +538,7 @@ def test_a_model_without_its_tokenizer_and_a_search_without_scores(root: Path) -
         uipe_merge.search(*pair, evaluate=lambda _: {}, forget=FORGET, maximise="q")
     with pytest.raises(UsageError, match="on q alone"):
         uipe_merge.search(*pair, evaluate=lambda _: {}, maximise="q")
+    several: Any = (0, 1, 2)
+    with pytest.raises(UsageError, match="in a range"):
+        uipe_merge.search(*pair, evaluate=lambda _: {}, maximise="q", alphas=several)
     assert not (root / "best.search").exists()

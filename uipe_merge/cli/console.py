@@ -98,11 +98,11 @@ class Output:
             return Silent()
         return Bar(self._stderr)
 
-    def counting(self) -> Progress:
-        """Return the same for an evaluation, which counts sequences."""
+    def counting(self, *, transient: bool = False) -> Progress:
+        """Return the same for an evaluation, which counts sequences; it may go when it ends."""
         if self.quiet or not self._stderr.is_terminal:
             return Silent()
-        return Count(self._stderr)
+        return Count(self._stderr, transient=transient)
 
 
 class Bar:
@@ -147,7 +147,7 @@ class Bar:
 class Count:
     """A progress bar that counts sequences, not bytes."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, transient: bool = False) -> None:
         """Prepare the bar; it appears with ``start``."""
         from rich.progress import (
             BarColumn,
@@ -163,6 +163,7 @@ class Count:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             console=console,
+            transient=transient,
         )
         self._task: TaskID | None = None
 
@@ -177,7 +178,7 @@ class Count:
             self._progress.update(self._task, advance=written, description=shard)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Leave the bar as it stands, or take it away."""
         self._progress.stop()
 
 

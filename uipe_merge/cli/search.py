@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -200,7 +201,8 @@ def search(
             device=device.value,
             template=prompt(template),
         )
-        evaluator = QuestionEvaluator(planned, asked, compared, out.counting, threads)
+        bar = partial(out.counting, transient=True)  # a line about every trial stays
+        evaluator = QuestionEvaluator(planned, asked, compared, bar, threads)
         sought.require(evaluator.score_names)
     report = searching.run_search(
         planned,

@@ -93,6 +93,8 @@ class Judge(NamedTuple):
             reason += "; nothing else was tried: another α may be better"
         if bench.space.high in best.point.alphas:
             reason += "; it lies at the end of the range: a larger α may be better"
+        if spoken := _gibberish(best):
+            reason += f"; warning: it talks gibberish on {', '.join(spoken)}"
         return SearchResult(best, reason, everything)
 
 
@@ -119,6 +121,18 @@ def make_judge(
                 raise UsageError(f"{constraint} cannot be told: at α = {alpha:g}, {why}")
         bounds.append((constraint, bound))
     return Judge(objective, -1 if minimise else 1, bounds)
+
+
+def _gibberish(trial: Trial) -> list[str]:
+    """Return the splits on which the median text is empty or repeats itself, where that is known."""
+    from uipe_merge.study.metrics import GIBBERISH
+
+    fluency = {
+        name.removeprefix("fluency_"): value
+        for name, value in trial.scores.items()
+        if name.startswith("fluency_")
+    }
+    return [split for split, value in fluency.items() if value < GIBBERISH]
 
 
 def _first_lack(trials: Sequence[Trial], needed: Sequence[str]) -> str:
