@@ -101,7 +101,7 @@ def plan_search(  # noqa: PLR0913 - one keyword-only argument a choice of the se
     allowed = {"allow_pickle": allow_pickle, "dequantize": dequantize}
     inputs = open_inputs(original, unlearned, base, **allowed)
     layers = () if per_layer_groups is None else _spread(inputs, per_layer_groups)
-    if len(alphas) != 2:  # noqa: PLR2004 - a range has two ends
+    if len(alphas) != 2:
         raise UsageError("α is searched for in a range", remedy="give the least and the largest")
     low, high = map(float, alphas)
     space = search.Space(low, high, layers=layers, base=base)

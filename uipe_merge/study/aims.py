@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 _QUALITY = "forget_quality"
-_MOST_SHOWN = 6
+_MOST_SHOWN = 4  # in a line of a terminal; the study has all
 
 
 class Aim(NamedTuple):
