@@ -2,7 +2,7 @@
 
 ``merge`` writes an extrapolated model, ``grid`` one for every α, ``load`` gives one in memory;
 ``plan`` says what a merge would take, ``inspect`` measures an update before anything is written,
-``verify`` checks a written model. The exceptions are those of ``uipe_merge.errors``. Importing the
+``verify`` checks a written model; ``evaluate`` asks a model questions, ``search`` looks for α. The exceptions are those of ``uipe_merge.errors``. Importing the
 package loads neither torch nor transformers.
 """
 
@@ -29,6 +29,7 @@ from uipe_merge.steering import ORIGINAL_ITSELF, Steering, Update
 
 if TYPE_CHECKING:
     from uipe_merge.loading import load
+    from uipe_merge.studying import evaluate, search
 
 __all__ = [
     "ORIGINAL_ITSELF",
@@ -45,19 +46,25 @@ __all__ = [
     "UsageError",
     "Verification",
     "__version__",
+    "evaluate",
     "grid",
     "inspect",
     "load",
     "merge",
     "plan",
+    "search",
     "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - what a module has
-    """Import ``load``, and what it stands on, when it is asked for."""
+    """Import ``load``, ``evaluate`` and ``search``, and what they stand on, when asked for."""
     if name == "load":
         from uipe_merge.loading import load
 
         return load
+    if name in ("evaluate", "search"):
+        from uipe_merge import studying
+
+        return getattr(studying, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

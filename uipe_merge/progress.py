@@ -35,13 +35,13 @@ class Silent:
 
 
 class TqdmBar:
-    """A tqdm bar in bytes, for notebooks and scripts."""
+    """A tqdm bar in bytes, or in what else is counted, for notebooks and scripts."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "B") -> None:
         """Import tqdm only where a bar is wanted."""
         from tqdm.auto import tqdm
 
-        self._bar = tqdm(unit="B", unit_scale=True, delay=0.5)
+        self._bar = tqdm(unit=unit, unit_scale=unit == "B", delay=0.5)
 
     def start(self, total: int) -> None:
         """Set the length of the bar."""
@@ -57,8 +57,8 @@ class TqdmBar:
         self._bar.close()
 
 
-def watcher(progress: bool | Progress) -> Progress:  # noqa: FBT001 - the callers' argument
+def watcher(progress: bool | Progress, unit: str = "B") -> Progress:  # noqa: FBT001 - the callers' argument
     """Return what is told of the progress: a tqdm bar, nobody, or what was given."""
     if isinstance(progress, bool):
-        return TqdmBar() if progress else Silent()
+        return TqdmBar(unit) if progress else Silent()
     return progress

@@ -98,6 +98,12 @@ class Output:
             return Silent()
         return Bar(self._stderr)
 
+    def counting(self, *, transient: bool = False) -> Progress:
+        """Return the same for an evaluation, which counts sequences; it may go when it ends."""
+        if self.quiet or not self._stderr.is_terminal:
+            return Silent()
+        return Count(self._stderr, transient=transient)
+
 
 class Bar:
     """A rich progress bar in bytes: rate, time left, and the shard in hand."""
@@ -135,6 +141,44 @@ class Bar:
 
     def close(self) -> None:
         """Leave the bar as it stands."""
+        self._progress.stop()
+
+
+class Count:
+    """A progress bar that counts sequences, not bytes."""
+
+    def __init__(self, console: Console, *, transient: bool = False) -> None:
+        """Prepare the bar; it appears with ``start``."""
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=transient,
+        )
+        self._task: TaskID | None = None
+
+    def start(self, total: int) -> None:
+        """Show the bar."""
+        self._task = self._progress.add_task("scoring", total=total)
+        self._progress.start()
+
+    def advance(self, written: int, shard: str) -> None:
+        """Move the bar by some sequences, and name what is being done."""
+        if self._task is not None:
+            self._progress.update(self._task, advance=written, description=shard)
+
+    def close(self) -> None:
+        """Leave the bar as it stands, or take it away."""
         self._progress.stop()
 
 

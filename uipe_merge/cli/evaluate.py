@@ -5,87 +5,51 @@ from __future__ import annotations
 import json
 import math
 import os
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from uipe_merge.cli.console import Output, number
+from uipe_merge.cli.evaluation_options import (
+    FORGET,
+    RETAIN,
+    BatchSize,
+    Device,
+    DeviceOption,
+    Limit,
+    MaxNewTokens,
+    RealAuthors,
+    Reference,
+    RetainLogs,
+    Template,
+    WorldFacts,
+    prompt,
+)
 from uipe_merge.errors import OutputError, UsageError
-from uipe_merge.progress import Silent
+from uipe_merge.study.examination import BATCH_SIZE, MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import TaskID
-
-    from uipe_merge.progress import Progress
-    from uipe_merge.study.metrics import Floats
-    from uipe_merge.study.questions import Question
     from uipe_merge.study.scores import Evaluation
 
 SCHEMA = 1
-
-
-class Device(StrEnum):
-    """Where the model runs."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
 
 
 def evaluate(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="The model to evaluate: a local directory.")
     ],
-    forget: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE",
-            help="Questions to be forgotten, with paraphrased and wrong answers: JSON or JSON lines.",
-        ),
-    ],
-    retain: Annotated[str, typer.Option(metavar="FILE", help="Questions to be kept, likewise.")],
-    real_authors: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="TOFU's questions on real authors, for model utility."),
-    ] = None,
-    world_facts: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="TOFU's questions on the world, for model utility."),
-    ] = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL", help="A retain-only model, for forget quality: a local directory."
-        ),
-    ] = None,
-    retain_logs: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Its evaluation instead: a log of TOFU, a TOFU_EVAL.json or a scores.json.",
-        ),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 8,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens after which an answer is cut off.")
-    ] = 64,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Use the first N questions of each file.")
-    ] = None,
-    device: Annotated[
-        Device, typer.Option(help="Where to run; auto is cuda where there is one.")
-    ] = Device.AUTO,
-    template: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT",
-            help=r"The prompt, with {q} and, at its end, {a}; \n is a new line. "
-            "[default: the tokenizer's chat template, or 'Question: {q}\\nAnswer: {a}']",
-        ),
-    ] = None,
+    forget: Annotated[str, FORGET],
+    retain: Annotated[str, RETAIN],
+    real_authors: RealAuthors = None,
+    world_facts: WorldFacts = None,
+    reference: Reference = None,
+    retain_logs: RetainLogs = None,
+    batch_size: BatchSize = BATCH_SIZE,
+    max_new_tokens: MaxNewTokens = MAX_NEW_TOKENS,
+    limit: Limit = None,
+    device: DeviceOption = Device.AUTO,
+    template: Template = None,
     output: Annotated[
         str | None,
         typer.Option("--output", "-o", metavar="FILE", help="Write all scores as JSON."),
@@ -94,47 +58,38 @@ def evaluate(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no warnings.")] = False,
 ) -> None:
     """Evaluate a model on TOFU's questions, or on others of their form."""
-    if reference is not None and retain_logs is not None:
-        raise UsageError("--reference and --retain-logs exclude each other")
     _check_output(output)
     out = Output(quiet=quiet, as_json=as_json)
     # Files before models, and models before torch has anything to do: the cheap errors first.
-    from uipe_merge.study import questions
+    from uipe_merge.study.examination import make_examination
+    from uipe_merge.study.reference import make_reference
 
-    utility = {
-        name: questions.read(path, paraphrased=False, limit=limit)
-        for name, path in (("real_authors", real_authors), ("world_facts", world_facts))
-        if path is not None
-    }
-    asked = questions.read(forget, paraphrased=True, limit=limit)
-    kept = questions.read(retain, paraphrased=True, limit=limit)
+    compared = make_reference(reference, retain_logs)
+    asked = make_examination(
+        forget=forget,
+        retain=retain,
+        real_authors=real_authors,
+        world_facts=world_facts,
+        limit=limit,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        device=device.value,
+        template=prompt(template),
+    )
 
     from uipe_merge.study import evaluate as study
     from uipe_merge.study import models
 
     study.check_installed()
-    prompt = None if template is None else template.replace("\\n", "\n")
-    ratios = _reference(out, reference, retain_logs, asked, batch_size, device, prompt)
+    ratios = None if compared is None else compared.truth_ratios(asked, out.counting())
     loaded, tokenizer = models.load(model)
-    found = study.evaluate(
-        loaded,
-        tokenizer,
-        forget=asked,
-        retain=kept,
-        utility=utility,
-        reference=ratios,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        device=device.value,
-        template=prompt,
-        progress=_progress(out),
-    )
+    found = study.examine(loaded, tokenizer, asked, ratios, out.counting())
     document = {
         "schema": SCHEMA,
         "tool": "uipe-merge evaluate",
         "model": model,
         "model_manifest_sha256": models.manifest_sha256(model),
-        "reference": reference or retain_logs,
+        "reference": None if compared is None else compared.name,
         "files": {
             "forget": forget,
             "retain": retain,
@@ -155,44 +110,6 @@ def evaluate(
     else:
         _show(out, found)
     out.warn(_warnings(found))
-
-
-def _reference(
-    out: Output,
-    model: str | None,
-    logs: str | None,
-    asked: list[Question],
-    batch_size: int,
-    device: Device,
-    template: str | None,
-) -> Floats | None:
-    """Return the truth ratios of the retain-only model, if there is one."""
-    if logs is not None:
-        from uipe_merge.study.tofu_logs import read_truth_ratios
-
-        return read_truth_ratios(logs)
-    if model is None:
-        return None
-    from uipe_merge.study import evaluate as study
-    from uipe_merge.study import models
-
-    loaded, tokenizer = models.load(model)
-    ratios = study.reference_truth_ratios(
-        loaded,
-        tokenizer,
-        asked,
-        batch_size=batch_size,
-        device=device.value,
-        template=template,
-        progress=_progress(out),
-    )
-    if not all(map(math.isfinite, ratios)):
-        raise UsageError(
-            "its truth ratios are not finite, so nothing can be compared with it",
-            file=model,
-            remedy="name a model that works",
-        )
-    return ratios
 
 
 def _show(out: Output, found: Evaluation) -> None:
@@ -279,47 +196,3 @@ def _write(path: Path, document: dict[str, object]) -> None:
     finally:
         filesystem.remove(partial)
     filesystem.sync_directory(path.parent)
-
-
-def _progress(out: Output) -> Progress:
-    from rich.console import Console
-
-    console = Console(stderr=True, highlight=False, emoji=False)
-    return Silent() if out.quiet or not console.is_terminal else Count(console)
-
-
-class Count:
-    """A progress bar that counts sequences, not bytes."""
-
-    def __init__(self, console: Console) -> None:
-        """Prepare the bar; it appears with ``start``."""
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._task: TaskID | None = None
-
-    def start(self, total: int) -> None:
-        """Show the bar."""
-        self._task = self._progress.add_task("scoring", total=total)
-        self._progress.start()
-
-    def advance(self, written: int, shard: str) -> None:
-        """Move the bar by some sequences, and name what is being done."""
-        if self._task is not None:
-            self._progress.update(self._task, advance=written, description=shard)
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        self._progress.stop()

@@ -1,16 +1,29 @@
-"""``uipe-merge search``: α searched for with a command that evaluates, and its model written."""
+"""``uipe-merge search``: α searched for, by questions or by a command, and its model written."""
 
 from __future__ import annotations
 
-import math
 import os
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from uipe_merge.cli.console import Output, number, size
+from uipe_merge.cli.evaluation_options import (
+    FORGET,
+    RETAIN,
+    BatchSize,
+    Device,
+    DeviceOption,
+    Limit,
+    MaxNewTokens,
+    RealAuthors,
+    Reference,
+    RetainLogs,
+    Template,
+    WorldFacts,
+    prompt,
+)
 from uipe_merge.cli.options import (
     AllowPickle,
     AsJson,
@@ -23,16 +36,15 @@ from uipe_merge.cli.options import (
     Threads,
     Unlearned,
 )
-from uipe_merge.errors import UsageError, listed
+from uipe_merge.errors import UsageError
+from uipe_merge.study.examination import BATCH_SIZE, MAX_NEW_TOKENS
 from uipe_merge.study.sampling import Sampler
 from uipe_merge.study.search import TRIALS
 
 if TYPE_CHECKING:
-    from uipe_merge.inputs import Inputs
-    from uipe_merge.job import Job
+    from uipe_merge.in_memory import QuestionEvaluator
+    from uipe_merge.searching import SearchReport
     from uipe_merge.study.commands import CommandEvaluator
-    from uipe_merge.study.constraints import Constraint
-    from uipe_merge.study.search import Point, SearchResult, Space, Trial
 
 
 def search(
@@ -41,18 +53,29 @@ def search(
     output: Annotated[
         str, typer.Option("--output", "-o", help="Directory to make, of the best model.")
     ],
+    forget: Annotated[str | None, FORGET] = None,
+    retain: Annotated[str | None, RETAIN] = None,
+    real_authors: RealAuthors = None,
+    world_facts: WorldFacts = None,
+    reference: Reference = None,
+    retain_logs: RetainLogs = None,
     command: Annotated[
-        str,
-        typer.Option("--eval", metavar="COMMAND", help="Evaluates: 'a command {model} {out}'."),
-    ],
+        str | None,
+        typer.Option(
+            "--eval", metavar="COMMAND", help="What evaluates instead: 'a command {model} {out}'."
+        ),
+    ] = None,
     score: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             metavar="[NAME=]FILE:KEY", help="A number in JSON that it writes in {out}; repeatable."
         ),
-    ],
+    ] = None,
     maximize: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The score to look for.")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="The score to look for. [default, of questions: forget_quality]"
+        ),
     ] = None,
     minimize: Annotated[
         str | None, typer.Option(metavar="NAME", help="The same, where less of it is better.")
@@ -60,7 +83,9 @@ def search(
     subject_to: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="CONSTRAINT", help="What to keep, as 'utility>=0.95*unlearned'; repeatable."
+            metavar="CONSTRAINT",
+            help="What to keep, as 'utility>=0.95*unlearned'; repeatable. "
+            "[default, of questions: model_utility>=0.95*unlearned]",
         ),
     ] = None,
     alphas: Annotated[
@@ -85,6 +110,11 @@ def search(
             metavar="DIR", help="Where trials and models being tried are. [default: OUTPUT.search]"
         ),
     ] = None,
+    batch_size: BatchSize = BATCH_SIZE,
+    max_new_tokens: MaxNewTokens = MAX_NEW_TOKENS,
+    limit: Limit = None,
+    device: DeviceOption = Device.AUTO,
+    template: Template = None,
     dtype: Dtype = "auto",
     rounding: RoundingOption = "nearest",
     threads: Threads = None,
@@ -96,96 +126,112 @@ def search(
 ) -> None:
     """Search for the α with the best score among those that keep enough; write that model.
 
-    A model is made for every α in turn, and COMMAND run on it. The same command goes on where one
-    was stopped, and with more trials where one ended.
+    With --forget and --retain, one model in memory is moved from α to α and asked these questions
+    as evaluate asks them. With --eval and --score, a model is written for every α, and COMMAND run
+    on it. The same command goes on where one was stopped, and with more trials where one ended.
     """
+    from uipe_merge import searching
     from uipe_merge.api import make_recipe
-    from uipe_merge.inputs import open_inputs
-    from uipe_merge.job import plan_job, prepare, run_digest
-    from uipe_merge.output.lock import hold
-    from uipe_merge.study import search as study
-    from uipe_merge.study import workplace
-    from uipe_merge.study.commands import CommandEvaluator
-    from uipe_merge.study.constraints import parse_constraint
+    from uipe_merge.study import aims
 
-    out = Output(quiet=quiet, as_json=as_json)
-    if (maximize is None) == (minimize is None):
-        raise UsageError("what is looked for is one score", remedy="give --maximize or --minimize")
-    constraints = list(map(parse_constraint, subject_to or ()))
-    drawn = seed if rounding == "stochastic" else 0  # else merge at this α is told no seed
-    base = make_recipe(alpha=0.0, dtype=dtype, rounding=rounding, seed=drawn)
-    low, high = _range(alphas)
-    inputs = open_inputs(
-        original, unlearned, base, allow_pickle=allow_pickle, dequantize=dequantize
+    options = {
+        "--forget": forget,
+        "--retain": retain,
+        "--real-authors": real_authors,
+        "--world-facts": world_facts,
+        "--reference": reference,
+        "--retain-logs": retain_logs,
+        "--limit": limit,
+        "--template": template,
+        "--batch-size": batch_size if batch_size != BATCH_SIZE else None,
+        "--max-new-tokens": max_new_tokens if max_new_tokens != MAX_NEW_TOKENS else None,
+        "--device": device if device is not Device.AUTO else None,
+    }
+    _require_one_way(
+        [name for name, value in options.items() if value is not None],
+        [name for name, value in (("--eval", command), ("--score", score)) if value],
     )
-    layers = () if per_layer_groups is None else _spread(inputs, per_layer_groups)
-    space = study.Space(low, high, layers=layers, base=base)
-    recipe = space.point((low,) * len(space.names)).recipe
-    planned = plan_job(inputs, output, recipe, overwrite=overwrite)
-    place = workplace.choose(work, planned, inputs)
-    evaluator = CommandEvaluator(
+    out = Output(quiet=quiet, as_json=as_json)
+    drawn = seed if rounding == "stochastic" else 0  # else merge at this α is told no seed
+    planned = searching.plan_search(
         original,
         unlearned,
-        command,
-        score,
-        workplace=place / workplace.MODELS,
+        output,
+        make_recipe(alpha=0.0, dtype=dtype, rounding=rounding, seed=drawn),
+        alphas=_range(alphas),
+        per_layer_groups=per_layer_groups,
+        work=work,
+        overwrite=overwrite,
         allow_pickle=allow_pickle,
         dequantize=dequantize,
-        threads=threads,
     )
-    objective = _known(evaluator, minimize or maximize or "", constraints)
-    workplace.require_replaceable(planned, place)
-    with hold(place):
-        workplace.tidy(place)
-        result = study.search(
-            _Watched(evaluator, planned, out),
-            space,
-            maximise=objective,
-            subject_to=constraints,
-            minimise=minimize is not None,
-            trials=trials,
-            sampler=sampler,
-            seed=seed,
-            directory=place,
-        )
-        workplace.tidy(place)
-        found = {
-            "schema": 1,
-            "original": planned.arguments[0],
-            "unlearned": planned.arguments[1],
-            "evaluator": {"command": command, "scores": list(score)},
-            "space": {"names": space.names, "low": low, "high": high},
-            "objective": {
-                "metric": objective,
-                "direction": "maximize" if minimize is None else "minimize",
-            },
-            "constraints": list(map(str, constraints)),
-            "trials": [_plain(trial) for trial in result.trials],
-            "chosen": None,
-            "reason": result.reason,
-        }
-        if result.best is None:
-            workplace.write_study(place, found)
-            _show(out, space, result, found, place)
-            return
-        job = prepare(
+    evaluator: CommandEvaluator | QuestionEvaluator
+    if command is not None:
+        from uipe_merge.study.commands import CommandEvaluator
+
+        sought = aims.aim(maximize, minimize, subject_to or [])
+        evaluator = CommandEvaluator(
             original,
             unlearned,
-            output,
-            result.best.point.recipe,
-            overwrite=overwrite,
+            command,
+            score or [],
+            workplace=planned.models,
             allow_pickle=allow_pickle,
             dequantize=dequantize,
+            threads=threads,
         )
-        chosen = {**_plain(result.best), "command": job.command, "run": run_digest(job)}
-        found |= {"output": str(job.output), "chosen": chosen}
-        workplace.write_study(place, found)  # by which the model is known again, whenever this ends
-        warnings = workplace.write_model(job, threads, out.progress())
-    _show(out, space, result, found, place)
-    out.warn(warnings)
+        sought.require(evaluator.score_names, remedy="give --score {}=FILE:KEY")
+    else:
+        from uipe_merge.in_memory import QuestionEvaluator
+        from uipe_merge.study.examination import make_examination
+        from uipe_merge.study.reference import make_reference
+
+        compared = make_reference(reference, retain_logs)
+        sought = aims.aim_of_questions(
+            maximize, minimize, subject_to or [], compared=compared is not None
+        )
+        asked = make_examination(
+            forget=forget or "",
+            retain=retain or "",
+            real_authors=real_authors,
+            world_facts=world_facts,
+            limit=limit,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            device=device.value,
+            template=prompt(template),
+        )
+        bar = partial(out.counting, transient=True)  # a line about every trial stays
+        evaluator = QuestionEvaluator(planned, asked, compared, bar, threads)
+        sought.require(evaluator.score_names)
+    report = searching.run_search(
+        planned,
+        evaluator,
+        sought,
+        trials=trials,
+        sampler=sampler,
+        seed=seed,
+        threads=threads,
+        tell=out.note,
+        progress=out.progress,
+    )
+    _show(out, report, sought.metrics)
+    out.warn(report.warnings)
 
 
-# ------------------------------------------------------------------- before anything is made
+def _require_one_way(questions: list[str], command: list[str]) -> None:
+    """Refuse options of both evaluators, of none, or of half of one."""
+    if questions and command:
+        raise UsageError(
+            f"{questions[0]} and {command[0]} are two ways to evaluate",
+            remedy="give --forget and --retain, or --eval and --score",
+        )
+    needed = ["--eval", "--score"] if command else ["--forget", "--retain"]
+    if missing := [name for name in needed if name not in questions + command]:
+        raise UsageError(
+            f"nothing gives the scores without {' and '.join(missing)}",
+            remedy="give --forget and --retain, or --eval and --score",
+        )
 
 
 def _range(text: str) -> tuple[float, float]:
@@ -199,97 +245,19 @@ def _range(text: str) -> tuple[float, float]:
         ) from None
 
 
-def _spread(inputs: Inputs, count: int) -> tuple[int, ...]:
-    """Return so many layers, from the first to the last."""
-    from uipe_merge.naming import place
-
-    found = [place(name).layer for name in inputs.pair.original.tensors]
-    last = max((layer for layer in found if layer is not None), default=-1)
-    if count > last + 1:
-        raise UsageError(
-            f"the model has {last + 1} layers, which make no {count} groups",
-            remedy="give a smaller --per-layer-groups, or leave it out",
-        )
-    return tuple(round(last * turn / (count - 1)) for turn in range(count))
-
-
-def _known(evaluator: CommandEvaluator, asked: str, constraints: list[Constraint]) -> str:
-    """Return the objective's name.
-
-    Raises:
-        UsageError: It or a constraint's is no score that is read, or two scores share a name.
-    """
-    from uipe_merge.study.commands import parse_score
-    from uipe_merge.study.layouts import normalised
-
-    names = [parse_score(text).name for text in evaluator.scores]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UsageError(f"two scores are called '{twice[0]}'", remedy="write NAME=FILE:KEY")
-    objective = normalised(asked)
-    for metric in (objective, *(each.metric for each in constraints)):
-        if metric not in names:
-            raise UsageError(
-                f"no score is called '{metric}', but {listed(names)}",
-                remedy=f"give --score {metric}=FILE:KEY",
-            )
-    return objective
-
-
-# ------------------------------------------------------------------- while it is searched
-
-
-@dataclass(frozen=True, slots=True)
-class _Watched:
-    """An evaluator that says what it found, and knows checkpoints by more than their names."""
-
-    evaluator: CommandEvaluator
-    planned: Job
-    out: Output
-
-    @property
-    def identity(self) -> dict[str, object]:
-        """What tells its scores from others."""
-        plan = self.planned.plan
-        sides = {"original": plan.original, "unlearned": plan.unlearned}
-        return {**self.evaluator.identity, **sides}
-
-    def __call__(self, point: Point) -> dict[str, float]:
-        """Return the scores of one model."""
-        from uipe_merge.study.trials import EvaluationError
-
-        Path(self.evaluator.workplace or "").mkdir(exist_ok=True)
-        try:
-            scores = self.evaluator(point)
-        except EvaluationError as error:
-            self.out.note(f"{point}: {error}")
-            raise
-        found = (f"{name} {value:.4g}" for name, value in scores.items())
-        self.out.note(f"{point}: {', '.join(found)}")
-        return scores
-
-
-# ------------------------------------------------------------------- when it was found
-
-
-def _plain(trial: Trial) -> dict[str, object]:
-    scores = {name: value if math.isfinite(value) else None for name, value in trial.scores.items()}
-    return {**trial.document(), "scores": scores}
-
-
-def _show(
-    out: Output, space: Space, result: SearchResult, found: dict[str, object], place: Path
-) -> None:
+def _show(out: Output, report: SearchReport, wanted: list[str]) -> None:
     if out.as_json:
-        out.data(found)
+        out.data(report.document)
         return
     if out.quiet:
-        if result.best is None:  # the exit code does not say it
-            out.line(result.reason)
+        if report.best is None:  # the exit code does not say it
+            out.line(report.reason)
         return
-    from uipe_merge.study.workplace import STUDY_NAME
+    from uipe_merge.study.aims import shown
 
-    metrics = list(dict.fromkeys(name for trial in result.trials for name in trial.scores))
-    names = ["α"] if space.names == ["alpha"] else [f"α of {name}" for name in space.names]
+    found = list(dict.fromkeys(name for trial in report.trials for name in trial.scores))
+    metrics = shown(wanted, found)
+    names = ["α"] if report.names == ["alpha"] else [f"α of {name}" for name in report.names]
     out.table(
         ["trial", *names, *metrics, ""],
         [
@@ -297,24 +265,24 @@ def _show(
                 str(turn),
                 *(number(alpha, "g") for alpha in trial.point.alphas),
                 *(number(trial.scores.get(metric), ".4g") for metric in metrics),
-                "→" if trial is result.best else "" if trial.problem is None else "problem",
+                "→" if trial is report.best else "" if trial.problem is None else "problem",
             )
-            for turn, trial in enumerate(result.trials, 1)
+            for turn, trial in enumerate(report.trials, 1)
         ],
     )
     out.line("")
-    for turn, trial in enumerate(result.trials, 1):
+    if len(found) > len(metrics):
+        out.line(f"{len(found) - len(metrics)} more scores: --json and the study have them")
+    for turn, trial in enumerate(report.trials, 1):
         if trial.problem is not None:
             out.line(f"trial {turn}: {trial.problem}")
-    out.line(result.reason)
-    chosen = found["chosen"]
-    rows = [("study", os.fspath(place / STUDY_NAME))]
-    if isinstance(chosen, dict):
-        model = Path(str(found["output"]))
-        written = sum(each.stat().st_size for each in model.iterdir() if each.is_file())
+    out.line(report.reason)
+    rows = [("study", os.fspath(report.study))]
+    if report.output is not None:
+        written = sum(each.stat().st_size for each in report.output.iterdir() if each.is_file())
         rows = [
-            ("output", f"{model} ({size(written)})"),
-            ("the same", str(chosen["command"])),
+            ("output", f"{report.output} ({size(written)})"),
+            ("the same", report.command or ""),
             *rows,
         ]
     out.fields(rows)

@@ -104,6 +104,23 @@ class CommandEvaluator:
         sides = (os.fspath(self.original), os.fspath(self.unlearned))
         return {"models": sides, "command": self.command, "scores": list(self.scores)}
 
+    @property
+    def description(self) -> dict[str, object]:
+        """What a study says of it."""
+        return {"command": self.command, "scores": list(self.scores)}
+
+    @property
+    def score_names(self) -> list[str]:
+        """What the scores are called.
+
+        Raises:
+            UsageError: Two share a name.
+        """
+        names = [parse_score(text).name for text in self.scores]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UsageError(f"two scores are called '{twice[0]}'", remedy="write NAME=FILE:KEY")
+        return names
+
     def __call__(self, point: Point) -> dict[str, float]:
         """Return the scores of one model.
 
@@ -117,6 +134,8 @@ class CommandEvaluator:
         from uipe_merge.progress import Silent
         from uipe_merge.running import run
 
+        if self.workplace is not None:
+            Path(self.workplace).mkdir(exist_ok=True)
         with TemporaryDirectory(prefix="uipe-search-", dir=self.workplace) as root:
             model, out = Path(root) / "model", Path(root) / "out"
             out.mkdir()

@@ -13,6 +13,9 @@ from uipe_merge.study.layouts import normalised
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+KEEPING = "model_utility>=0.95*unlearned"
+"""What is asked where questions are searched on and nothing is said: no α pays with utility."""
+
 REFERENCES = {"unlearned": 0.0, "original": -1.0, "retain": None}
 """What a bound may be relative to, and its α; the retain-only model is no step of an update."""
 

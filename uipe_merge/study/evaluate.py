@@ -13,7 +13,9 @@ import torch
 from uipe_merge.errors import UsageError
 from uipe_merge.progress import Silent
 from uipe_merge.study import metrics, scoring
+from uipe_merge.study.examination import BATCH_SIZE, MAX_NEW_TOKENS
 from uipe_merge.study.metrics import KsResult
+from uipe_merge.study.models import quiet
 from uipe_merge.study.prompts import Prompts
 from uipe_merge.study.scores import FORGET, Evaluation, Split, utility_splits
 
@@ -24,11 +26,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from uipe_merge.progress import Progress
+    from uipe_merge.study.examination import Examination
     from uipe_merge.study.metrics import Floats
     from uipe_merge.study.prompts import Encoded
     from uipe_merge.study.questions import Question
 
-BATCH_SIZE, MAX_NEW_TOKENS = 8, 64
 RETAIN = "retain"
 _SEED = 0  # of the bootstrap: the same evaluation gives the same interval
 _LIBRARIES = ("scipy", "rouge_score")
@@ -89,6 +91,30 @@ def evaluate(  # noqa: PLR0913 - one keyword-only argument an option of the eval
         metrics.bootstrap_interval(values, generator) if kept else None,
         runner.prompts.template,
     )
+
+
+def examine(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Examination,
+    reference: npt.ArrayLike | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Evaluate a model by what an examination says; see ``evaluate``."""
+    with quiet():
+        return evaluate(
+            model,
+            tokenizer,
+            forget=asked.forget,
+            retain=asked.retain,
+            utility=asked.utility,
+            reference=reference,
+            batch_size=asked.batch_size,
+            max_new_tokens=asked.max_new_tokens,
+            device=asked.device,
+            template=asked.template,
+            progress=progress,
+        )
 
 
 def reference_truth_ratios(

@@ -63,6 +63,9 @@ class Judge(NamedTuple):
         inside = [trial for trial in everything if bench.space.holds(trial.point)]
         ordered = sorted(inside, key=lambda trial: (self.merit(trial), -_size(trial.point)))
         kept = " and ".join(f"{constraint}" for constraint, _ in self.bounds)
+        if everything and not inside:
+            why = "every trial went to what a bound is relative to; give more of them"
+            return SearchResult(None, f"nothing was found: {why}", everything)
         if not ordered or self.merit(ordered[-1])[0] < 1:
             why = _first_lack(
                 everything, [self.objective, *(each.metric for each, _ in self.bounds)]
@@ -86,8 +89,12 @@ class Judge(NamedTuple):
             f"{best.point} has the {word} {self.objective}, {best.row.score(self.objective):.4g}, "
             f"of the {meeting} of {len(inside)} that keep {kept}"
         )
+        if len(inside) == 1:
+            reason += "; nothing else was tried: another α may be better"
         if bench.space.high in best.point.alphas:
             reason += "; it lies at the end of the range: a larger α may be better"
+        if spoken := _gibberish(best):
+            reason += f"; warning: it talks gibberish on {', '.join(spoken)}"
         return SearchResult(best, reason, everything)
 
 
@@ -114,6 +121,18 @@ def make_judge(
                 raise UsageError(f"{constraint} cannot be told: at α = {alpha:g}, {why}")
         bounds.append((constraint, bound))
     return Judge(objective, -1 if minimise else 1, bounds)
+
+
+def _gibberish(trial: Trial) -> list[str]:
+    """Return the splits on which the median text is empty or repeats itself, where that is known."""
+    from uipe_merge.study.metrics import GIBBERISH
+
+    fluency = {
+        name.removeprefix("fluency_"): value
+        for name, value in trial.scores.items()
+        if name.startswith("fluency_")
+    }
+    return [split for split, value in fluency.items() if value < GIBBERISH]
 
 
 def _first_lack(trials: Sequence[Trial], needed: Sequence[str]) -> str:

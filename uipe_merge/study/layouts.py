@@ -27,7 +27,7 @@ from uipe_merge.checkpoint import strict_json
 from uipe_merge.errors import CorruptInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
 _LM_EVAL = re.compile(r"results(_.*)?\.json|.*_\d{4}-\d\d-\d\dT[\d.-]+\.json")
@@ -177,15 +177,17 @@ def _own(document: dict[str, object], path: Path) -> Record:
             remedy="use the version of uipe-merge that wrote it",
         )
     digest = document.get("model_manifest_sha256")
+    return Record(own_scores(document), manifest_sha256=digest if isinstance(digest, str) else None)
+
+
+def own_scores(document: Mapping[str, object]) -> dict[str, float]:
+    """Return the scores in what ``uipe-merge evaluate`` finds, without those that are not finite."""
     parts = document.get("parts")
     sections: dict[str, object] = {
         **(parts if isinstance(parts, dict) else {}),
         **{name: document.get(name) for name in ("forget", "fluency")},
     }
-    return Record(
-        _numbers([*document.items(), *_nested(sections)]),
-        manifest_sha256=digest if isinstance(digest, str) else None,
-    )
+    return _numbers([*document.items(), *_nested(sections)])
 
 
 def _tasks(document: dict[str, object]) -> Iterator[tuple[str, object]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from uipe_merge.checkpoint.storage import system_error
 from uipe_merge.errors import CorruptInputError, UsageError, listed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 LARGEST = 2**27
 """Bytes of a file of questions or of a log; TOFU's largest has 1 MB."""
@@ -43,6 +44,20 @@ class Question:
     perturbed_answers: tuple[str, ...]
     paraphrased_answer: str | None = None
 
+    @property
+    def record(self) -> dict[str, object]:
+        """The same as a file has it."""
+        return {
+            "question": self.question,
+            "answer": self.answer,
+            "paraphrased_answer": self.paraphrased_answer,
+            "perturbed_answer": list(self.perturbed_answers),
+        }
+
+
+Questions = str | os.PathLike[str] | Sequence[Question | Mapping[str, object]]
+"""A file of questions, or a list of them, or of records as a file has them."""
+
 
 def read(
     path: str | os.PathLike[str], *, paraphrased: bool, limit: int | None = None
@@ -60,13 +75,7 @@ def read(
         CorruptInputError: It is not such a file; everything that is missing is named.
         OutputError: It cannot be read.
     """
-    questions, problems = [], []
-    for place, record in _records(read_bytes(path), path):
-        found = _question(record, paraphrased=paraphrased)
-        if isinstance(found, Question):
-            questions.append(found)
-        else:
-            problems += [f"{place}: {problem}" for problem in found]
+    questions, problems = _checked(_records(read_bytes(path), path), paraphrased=paraphrased)
     if problems:
         raise CorruptInputError(
             listed(problems), file=path, remedy="use one of TOFU's *_perturbed files, or its form"
@@ -74,6 +83,46 @@ def read(
     if not questions:
         raise CorruptInputError("holds no questions", file=path)
     return questions[:limit]
+
+
+def given(
+    source: Questions, name: str, *, paraphrased: bool, limit: int | None = None
+) -> list[Question]:
+    """Return the questions of a file, or those of a list, which are looked at as strictly.
+
+    Args:
+        source: The file; or questions, or records as a file has them.
+        name: What the list is called in messages.
+        paraphrased: As for ``read``.
+        limit: As for ``read``.
+
+    Raises:
+        UsageError: There is no such file, or something in the list is no question.
+        CorruptInputError: It is not such a file.
+        OutputError: It cannot be read.
+    """
+    if isinstance(source, str | os.PathLike):
+        return read(source, paraphrased=paraphrased, limit=limit)
+    records = [each.record if isinstance(each, Question) else dict(each) for each in source]
+    places = ((f"question {number}", record) for number, record in enumerate(records, 1))
+    questions, problems = _checked(places, paraphrased=paraphrased)
+    if problems:
+        raise UsageError(f"{name}: {listed(problems)}", remedy="give questions of TOFU's form")
+    return questions[:limit]
+
+
+def _checked(
+    records: Iterable[tuple[str, object]], *, paraphrased: bool
+) -> tuple[list[Question], list[str]]:
+    """Return the questions, and what is wrong with the others."""
+    questions, problems = [], []
+    for place, record in records:
+        found = _question(record, paraphrased=paraphrased)
+        if isinstance(found, Question):
+            questions.append(found)
+        else:
+            problems += [f"{place}: {problem}" for problem in found]
+    return questions, problems
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from uipe_merge.errors import CorruptInputError, NumericError, UsageError, escape
 from uipe_merge.recipe import Recipe
+from uipe_merge.steering import PLAIN
 from uipe_merge.study.constraints import Row
 from uipe_merge.study.layouts import normalised
 
@@ -108,8 +109,8 @@ class Space:
         return Point(values, replace(self.base, alpha=values[0]))
 
     def reference(self, alpha: float) -> Point:
-        """Return the model with one α everywhere."""
-        recipe = replace(self.base, alpha=alpha, rules=(), layers=(), gradient=())
+        """Return the model with one α everywhere, and nothing else that makes a step."""
+        recipe = replace(self.base, alpha=alpha, rules=(), layers=(), gradient=(), steering=PLAIN)
         return Point((alpha,) * len(self.names), recipe)
 
     def holds(self, point: Point) -> bool:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from uipe_merge.progress import Progress
 
 STUDY_NAME = "study.json"
+REFERENCE_NAME = "reference.json"
+"""File of the truth ratios of the retain-only model, which is asked once."""
 MODELS = "models"
 """The directory of models being evaluated; each is gone once it has been."""
 
@@ -52,7 +54,7 @@ def choose(work: str | None, planned: Job, inputs: Inputs) -> Path:
     if planned.output in found.parents:
         raise UsageError("lies in the output", file=named, remedy="choose another --work")
     if found.exists() and not (found / LOG_NAME).exists():
-        known = {MODELS, STUDY_NAME, sampling.STUDY_NAME}
+        known = {MODELS, STUDY_NAME, REFERENCE_NAME, sampling.STUDY_NAME}
         names = sorted(each.name for each in found.iterdir() if each.name.split(".")[0] != "lock")
         if strays := [name for name in names if name not in known]:
             raise OutputError(
@@ -103,9 +105,31 @@ def _succeeded(log: Path) -> bool:
 
 def write_study(workplace: Path, study: dict[str, object]) -> None:
     """Write ``study.json`` in place of an older one."""
-    filesystem, draft = LocalFileSystem(), workplace / f".{STUDY_NAME}.tmp"
-    write_document(filesystem, draft, (json.dumps(study, indent=1) + "\n").encode())
-    filesystem.rename(draft, workplace / STUDY_NAME)
+    _write(workplace, STUDY_NAME, study)
+
+
+def kept_reference(workplace: Path, of: object) -> list[float] | None:
+    """Return the truth ratios of a retain-only model that ``keep_reference`` has kept."""
+    try:
+        kept = json.loads((workplace / REFERENCE_NAME).read_text(encoding="utf-8"))
+        return list(map(float, kept["truth_ratios"])) if kept["of"] == _as_read(of) else None
+    except (OSError, ValueError, TypeError, KeyError):  # there is none, or it is damaged
+        return None
+
+
+def keep_reference(workplace: Path, of: object, truth_ratios: list[float]) -> None:
+    """Keep the truth ratios of a retain-only model, with what tells it from others."""
+    _write(workplace, REFERENCE_NAME, {"of": of, "truth_ratios": truth_ratios})
+
+
+def _as_read(value: object) -> object:
+    return json.loads(json.dumps(value))  # as it comes back: lists for tuples
+
+
+def _write(workplace: Path, name: str, document: dict[str, object]) -> None:
+    filesystem, draft = LocalFileSystem(), workplace / f".{name}.tmp"
+    write_document(filesystem, draft, (json.dumps(document, indent=1) + "\n").encode())
+    filesystem.rename(draft, workplace / name)
     filesystem.sync_directory(workplace)
 
 
