@@ -23,6 +23,7 @@ LAYERS: list[set[str]] = [
     {"cli"},
     {"demo"},
     {"plots"},
+    {"integrations"},
     {""},
     {"loading", "filling", "making"},
     {"api"},
