@@ -70,7 +70,7 @@ def lm_eval(ctx: typer.Context) -> int:
         return stop.code if isinstance(stop.code, int) else _FAILED * bool(stop.code)
     except Exception as error:  # noqa: BLE001 - lm_eval's, and shown whole: a task's author needs it
         traceback.print_exc()
-        Output().error(f"lm_eval stopped: {error}")
+        Output().error(f"lm_eval stopped: {str(error) or type(error).__name__}")
         return _FAILED
     return 0
 

@@ -16,6 +16,7 @@ import difflib
 import inspect
 import logging
 import os
+import shlex
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -112,6 +113,10 @@ class UipeLM(HFLM):  # type: ignore[misc]  # lm_eval is not analysed
         model: str | None = None,  # noqa: ARG002 - read by lm_eval, before and after
         **options: object,
     ) -> None:
+        self._making: dict[str, Any] = {
+            name: options.pop(name) for name in _MAKING & options.keys()
+        }
+        known = _own_options(options)
         if original is None or unlearned is None:
             raise UsageError(
                 f"--model {NAME} needs two checkpoints",
@@ -132,9 +137,6 @@ class UipeLM(HFLM):  # type: ignore[misc]  # lm_eval is not analysed
             ("allow_pickle", allow_pickle, (bool,)),
         ):
             _require_kind(name, value, kinds)
-        self._making: dict[str, Any] = {
-            name: options.pop(name) for name in _MAKING & options.keys()
-        }
         self._allow_pickle, self._dequantize, self._threads = allow_pickle, dequantize, threads
         asked = api.make_recipe(
             alpha=None if alpha is None else _number(alpha),
@@ -148,7 +150,6 @@ class UipeLM(HFLM):  # type: ignore[misc]  # lm_eval is not analysed
             raise UsageError(
                 "an adapter cannot be loaded as a model", remedy="leave out `as`, or use merge"
             )
-        known = _own_options(options)
         with TemporaryDirectory(prefix="uipe-merge-") as directory:
             self._job = api.plan(
                 original,
@@ -181,7 +182,8 @@ class UipeLM(HFLM):  # type: ignore[misc]  # lm_eval is not analysed
         try:
             super()._create_tokenizer(pretrained, tokenizer, **options)
         except Exception as error:  # whatever its files provoke in there
-            raise self._unmade("tokenizer", error) from error
+            named = tokenizer if isinstance(tokenizer, str) else None
+            raise self._unmade("tokenizer", error, named) from error
 
     def _create_model(self, pretrained: str, **_: object) -> None:  # noqa: ARG002 - has no weights
         import torch
@@ -225,15 +227,17 @@ class UipeLM(HFLM):  # type: ignore[misc]  # lm_eval is not analysed
             "original": original,
             "unlearned": unlearned,
             "alpha": recipe.alpha,
-            "recipe": recipe.canonical(),
+            "recipe": shlex.join(recipe.words(lambda name: self._job.names.get(name, name))),
             "uipe_merge_version": __version__,
         }
 
-    def _unmade(self, what: str, error: Exception) -> IncompatibleModelsError:
+    def _unmade(
+        self, what: str, error: Exception, file: str | None = None
+    ) -> IncompatibleModelsError:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return IncompatibleModelsError(
             f"transformers cannot read its {what}: {reason}",
-            file=self._job.arguments[1],
+            file=file or self._job.arguments[1],
             remedy=f"check its {what} files",
         )
 
