@@ -62,6 +62,7 @@ def lm_eval(ctx: typer.Context) -> int:
 
         arguments = getattr(asked, "model_args", None)
         if getattr(asked, "model", None) == integration.NAME and isinstance(arguments, dict):
+            integration.check(**arguments)  # before lm_eval reads thousands of tasks
             arguments.setdefault("model", integration.name_of(arguments))
         harness.execute(asked)
     except UipeMergeError:

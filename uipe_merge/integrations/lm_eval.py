@@ -19,7 +19,7 @@ import os
 import shlex
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from uipe_merge.checkpoint.decisions import Decision
     from uipe_merge.job import Job
     from uipe_merge.loading import Extrapolation
-    from uipe_merge.recipe import Rounding
+    from uipe_merge.recipe import Recipe, Rounding
 
 PathLike = str | os.PathLike[str]
 
@@ -61,22 +61,56 @@ _REFUSED = frozenset(
 )
 """Arguments of lm_eval's ``hf`` that this one does not take."""
 
+_LONGEST = 60
+"""Characters of a part of a name: the whole must be one of a directory."""
+
 _REMEDY = "write the model with merge, and evaluate it by --model hf"
 
 
-@register_model(NAME)
-class UipeLM(HFLM):  # type: ignore[misc]  # lm_eval is not analysed
-    """θᵤ + α·(θᵤ − θ₀) for lm_eval; its answers are those of what ``merge`` writes.
+class Asked(NamedTuple):
+    """The arguments of a model, checked.
 
-    ``model.set_alpha`` moves it to another α where it lies, as with ``load``.
+    Attributes:
+        recipe: α, and what else makes the step.
+        options: Those that lm_eval's ``hf`` gets.
+        making: Those that transformers gets with the tensors.
+        allow_pickle: As for ``merge``.
+        dequantize: As for ``merge``.
+        threads: Threads that make the model.
+    """
+
+    recipe: Recipe
+    options: dict[str, object]
+    making: dict[str, Any]
+    allow_pickle: bool
+    dequantize: bool
+    threads: int | None
+
+
+def check(  # noqa: PLR0913 - one keyword argument an option of the merge
+    original: PathLike | None = None,
+    unlearned: PathLike | None = None,
+    alpha: float | str | None = None,
+    *,
+    recipe: PathLike | None = None,
+    dtype: str = "auto",
+    rounding: Rounding = "nearest",
+    seed: int = 0,
+    on_mismatch: Decision = "error",
+    dequantize: bool = False,
+    allow_pickle: bool = False,
+    threads: int | None = None,
+    model: str | None = None,  # noqa: ARG001 - read by lm_eval, before and after
+    **options: object,
+) -> Asked:
+    """Check the arguments of ``UipeLM``, which are these, without looking at the checkpoints.
 
     Args:
         original: The original checkpoint θ₀, as for ``merge``: a directory, or the id of a hub.
         unlearned: The unlearned checkpoint θᵤ, likewise, or an adapter. Its tokenizer is used.
         alpha: α, dimensionless; a number, or a text that is one.
         recipe: A recipe file that says α and all that makes a step, instead.
-        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``: the dtype of the step's result,
-            and so of the model.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``: that of the model.
         rounding: ``nearest`` or ``stochastic``.
         seed: Of what is drawn by chance.
         on_mismatch: What becomes of tensors that the two do not have alike.
@@ -89,81 +123,88 @@ class UipeLM(HFLM):  # type: ignore[misc]  # lm_eval is not analysed
             ``add_bos_token`` and ``tokenizer``, and ``attn_implementation``.
 
     Raises:
-        UsageError: An argument is missing, unknown, or of a kind that makes no sense here; or the
-            device cannot be used.
-        RecipeError: α is no number.
+        UsageError: One is missing, unknown, or of a kind that makes no sense here.
+        RecipeError: α is no number, or the recipe cannot be used.
+        NumericError: An α is too large.
+    """
+    own = {name: value for name, value in options.items() if name not in _MAKING}
+    known = _own_options(own)
+    if original is None or unlearned is None:
+        raise UsageError(
+            f"--model {NAME} needs two checkpoints",
+            remedy="give original=DIR,unlearned=DIR,alpha=2 as --model_args",
+        )
+    if alpha is None and recipe is None:
+        raise UsageError("no alpha", remedy="add alpha=2 to --model_args, or recipe=FILE")
+    for name, value, kinds in (
+        ("original", original, (str, os.PathLike)),
+        ("unlearned", unlearned, (str, os.PathLike)),
+        ("recipe", recipe, (str, os.PathLike, type(None))),
+        ("dtype", dtype, (str,)),
+        ("rounding", rounding, (str,)),
+        ("on_mismatch", on_mismatch, (str,)),
+        ("seed", seed, (int,)),
+        ("threads", threads, (int, type(None))),
+        ("dequantize", dequantize, (bool,)),
+        ("allow_pickle", allow_pickle, (bool,)),
+    ):
+        _require_kind(name, value, kinds)
+    made = api.make_recipe(
+        alpha=None if alpha is None else _number(alpha),
+        dtype=dtype,
+        on_mismatch=on_mismatch,
+        rounding=rounding,
+        seed=seed,
+        recipe=recipe,
+    )
+    if made.form != "model":
+        raise UsageError(
+            "an adapter cannot be loaded as a model", remedy="leave out `as`, or use merge"
+        )
+    making = {name: options[name] for name in _MAKING & options.keys()}
+    return Asked(made, known, making, allow_pickle, dequantize, threads)
+
+
+@register_model(NAME)
+class UipeLM(HFLM):  # type: ignore[misc]  # lm_eval is not analysed
+    """θᵤ + α·(θᵤ − θ₀) for lm_eval; its answers are those of what ``merge`` writes.
+
+    ``model.set_alpha`` moves it to another α where it lies, as with ``load``.
+
+    Args:
+        original: The original checkpoint θ₀.
+        unlearned: The unlearned checkpoint θᵤ.
+        alpha: α, unless there is a recipe.
+        arguments: The others of ``check``.
+
+    Raises:
+        UsageError: An argument makes no sense, or the device cannot be used.
         IncompatibleModelsError: transformers cannot make the model or its tokenizer.
         UipeMergeError: Whatever ``merge`` would refuse.
     """
 
-    def __init__(  # noqa: PLR0913 - one keyword argument an option of the merge
+    def __init__(
         self,
         original: PathLike | None = None,
         unlearned: PathLike | None = None,
         alpha: float | str | None = None,
-        *,
-        recipe: PathLike | None = None,
-        dtype: str = "auto",
-        rounding: Rounding = "nearest",
-        seed: int = 0,
-        on_mismatch: Decision = "error",
-        dequantize: bool = False,
-        allow_pickle: bool = False,
-        threads: int | None = None,
-        model: str | None = None,  # noqa: ARG002 - read by lm_eval, before and after
-        **options: object,
+        **arguments: Any,  # noqa: ANN401 - those of check
     ) -> None:
-        self._making: dict[str, Any] = {
-            name: options.pop(name) for name in _MAKING & options.keys()
-        }
-        known = _own_options(options)
-        if original is None or unlearned is None:
-            raise UsageError(
-                f"--model {NAME} needs two checkpoints",
-                remedy="give original=DIR,unlearned=DIR,alpha=2 as --model_args",
-            )
-        if alpha is None and recipe is None:
-            raise UsageError("no alpha", remedy="add alpha=2 to --model_args, or recipe=FILE")
-        for name, value, kinds in (
-            ("original", original, (str, os.PathLike)),
-            ("unlearned", unlearned, (str, os.PathLike)),
-            ("recipe", recipe, (str, os.PathLike, type(None))),
-            ("dtype", dtype, (str,)),
-            ("rounding", rounding, (str,)),
-            ("on_mismatch", on_mismatch, (str,)),
-            ("seed", seed, (int,)),
-            ("threads", threads, (int, type(None))),
-            ("dequantize", dequantize, (bool,)),
-            ("allow_pickle", allow_pickle, (bool,)),
-        ):
-            _require_kind(name, value, kinds)
-        self._allow_pickle, self._dequantize, self._threads = allow_pickle, dequantize, threads
-        asked = api.make_recipe(
-            alpha=None if alpha is None else _number(alpha),
-            dtype=dtype,
-            on_mismatch=on_mismatch,
-            rounding=rounding,
-            seed=seed,
-            recipe=recipe,
-        )
-        if asked.form != "model":
-            raise UsageError(
-                "an adapter cannot be loaded as a model", remedy="leave out `as`, or use merge"
-            )
+        self._asked = check(original, unlearned, alpha, **arguments)
         with TemporaryDirectory(prefix="uipe-merge-") as directory:
             self._job = api.plan(
-                original,
-                unlearned,
+                cast("PathLike", original),
+                cast("PathLike", unlearned),
                 Path(directory) / "model",  # never written
-                recipe=asked,
-                allow_pickle=allow_pickle,
-                dequantize=dequantize,
+                recipe=self._asked.recipe,
+                allow_pickle=self._asked.allow_pickle,
+                dequantize=self._asked.dequantize,
             )
             _carry(self._job, Path(directory))
-            super().__init__(pretrained=directory, **known)
+            super().__init__(pretrained=directory, **self._asked.options)
         self.pretrained = self._job.arguments[1]
-        # A part of lm_eval's keys to cached requests.
-        if "tokenizer" not in known:
+        if "tokenizer" not in self._asked.options:
+            # A part of lm_eval's keys to cached requests, which may outlive a temporary directory.
             self.tokenizer.name_or_path = self.pretrained
 
     def _get_config(self, pretrained: str, **options: object) -> None:
@@ -195,12 +236,12 @@ class UipeLM(HFLM):  # type: ignore[misc]  # lm_eval is not analysed
             raise _unusable(self.device, error) from error
         model = load(
             *self._job.arguments,
-            recipe=self._job.plan.recipe,
-            allow_pickle=self._allow_pickle,
-            dequantize=self._dequantize,
-            threads=self._threads,
+            recipe=self._asked.recipe,
+            allow_pickle=self._asked.allow_pickle,
+            dequantize=self._asked.dequantize,
+            threads=self._asked.threads,
             model_class=self.AUTO_MODEL_CLASS,
-            **self._making,
+            **self._asked.making,
         )
         record: Extrapolation = model.uipe_extrapolation
         for warning in record.warnings:
@@ -246,7 +287,7 @@ def name_of(arguments: Mapping[str, object]) -> str:
     """Return a name that tells results of one α from another's, fit for a directory.
 
     Args:
-        arguments: Those of ``UipeLM``, not checked yet.
+        arguments: Those of ``check``, checked.
     """
     original, unlearned, recipe = (
         Path(str(arguments.get(key))).absolute().name[:_LONGEST]
@@ -254,10 +295,6 @@ def name_of(arguments: Mapping[str, object]) -> str:
     )
     step = f"alpha-{arguments['alpha']}" if "alpha" in arguments else recipe
     return f"{NAME}-{original}-{unlearned}-{step}"
-
-
-_LONGEST = 60
-"""Characters of a part of a name: the whole must be one of a directory."""
 
 
 def _require_kind(name: str, value: object, kinds: tuple[type, ...]) -> None:
@@ -299,7 +336,7 @@ def _own_options(options: Mapping[str, object]) -> dict[str, object]:
         if name in _REFUSED and value:
             raise UsageError(f"--model {NAME} takes no {name}", remedy=_remedy(name))
         if name not in known:
-            own = inspect.signature(UipeLM.__init__).parameters.keys() - {"self", "options"}
+            own = inspect.signature(check).parameters.keys() - {"options"} | _MAKING
             near = difflib.get_close_matches(name, sorted((known | own) - _REFUSED), 1)
             remedy = f"did you mean {near[0]}?" if near else _REMEDY
             raise UsageError(f"--model {NAME} takes no {name}", remedy=remedy)
