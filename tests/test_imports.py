@@ -23,6 +23,7 @@ LAYERS: list[set[str]] = [
     {"cli"},
     {"demo"},
     {"plots"},
+    {"integrations"},
     {""},
     {"studying"},
     {"in_memory"},
@@ -253,7 +254,7 @@ def test_every_library_is_declared() -> None:
         project = tomllib.load(file)["project"]
     requirements = project["dependencies"] + [
         requirement
-        for extra in ("plot", "study")
+        for extra in ("plot", "study", "lm-eval")
         for requirement in project["optional-dependencies"][extra]
     ]
     names = {re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower() for requirement in requirements}
@@ -314,6 +315,7 @@ def command_line(*arguments: str) -> str:
         pytest.param(command_line("inspect", "--help"), id="inspect --help"),
         pytest.param(command_line("verify", "--help"), id="verify --help"),
         pytest.param(command_line("demo", "--help"), id="demo --help"),
+        pytest.param(command_line("lm-eval", "--help"), id="lm-eval --help"),
     ],
 )
 def test_looking_costs_no_heavy_import(code: str) -> None:

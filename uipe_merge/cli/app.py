@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from uipe_merge._version import __version__
 from uipe_merge.checkpoint.storage import system_error
-from uipe_merge.cli import collect, demo, evaluate, grid, inspect, merge, search, verify
+from uipe_merge.cli import collect, demo, evaluate, grid, inspect, lm_eval, merge, search, verify
 from uipe_merge.cli.console import Output
 from uipe_merge.errors import UipeMergeError
 
@@ -57,6 +57,9 @@ app.command("grid", short_help="Write a model for every α in one reading.")(gri
 app.command("collect", short_help="Show a grid's scores, and choose α.")(collect.collect)
 app.command("search", short_help="Look for the best α under a constraint.")(search.search)
 app.command("evaluate", short_help="Measure forgetting and utility of a model.")(evaluate.evaluate)
+app.command(
+    "lm-eval", cls=lm_eval.HandedOver, short_help="Run lm_eval at any α, without writing it."
+)(lm_eval.lm_eval)
 app.command("inspect", short_help="Measure an update before anything is written.")(inspect.inspect)
 app.command("verify", short_help="Hash a written model again.")(verify.verify)
 app.command("demo", short_help="The whole way on a tiny pair made on the spot.")(demo.demo)
