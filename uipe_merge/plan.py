@@ -31,6 +31,13 @@ Operation = Literal["copy", "keep", "cast", "extrapolate"]
 original's (integers, booleans). ``cast``: one input, converted. ``extrapolate``: θᵤ + α·v.
 """
 
+Arithmetic = Literal["wider", "single", "task"]
+"""How the sum of an extrapolated tensor is formed; see ``arithmetic.blocks``.
+
+``wider``: θᵤ + α·v, one size wider than the output. ``single``: the same in float32, whatever the
+output. ``task``: θ₀ + (1 + α)·v in float32.
+"""
+
 CELL = 2**17
 """Elements that go through the arithmetic at a time: the buffers stay in a core's cache.
 
@@ -83,6 +90,7 @@ class Step(NamedTuple):
         group: Over what its inner products are taken; empty where there are none.
         parameter: The tensor that it is tied to, else its own name: what is drawn by chance is
             drawn for that.
+        arithmetic: How its sum is formed.
     """
 
     name: str
@@ -99,6 +107,7 @@ class Step(NamedTuple):
     terms: tuple[Term, ...] = ()
     group: str = ""
     parameter: str = ""
+    arithmetic: Arithmetic = "wider"
 
     @property
     def operands(self) -> list[Operand]:

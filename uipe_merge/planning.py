@@ -10,7 +10,7 @@ from uipe_merge.checkpoint.header import ZERO, encode_header
 from uipe_merge.checkpoint.model import SINGLE_NAME, Checkpoint
 from uipe_merge.checkpoint.pair import tied_names
 from uipe_merge.coefficients import resolve
-from uipe_merge.errors import RecipeError, UsageError
+from uipe_merge.errors import RecipeError, UsageError, listed
 from uipe_merge.naming import place, stack
 from uipe_merge.plan import Directions, Operand, Operation, Plan, Shard, Step
 from uipe_merge.steering import PLAIN
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from uipe_merge.checkpoint.header import TensorSpec
     from uipe_merge.checkpoint.model import ShardInput
     from uipe_merge.checkpoint.pair import Pairing
+    from uipe_merge.plan import Arithmetic
     from uipe_merge.recipe import Recipe
     from uipe_merge.steering import Granularity
 
@@ -99,6 +100,10 @@ def make_plan(
     grouped = list(_layout(drafts, layout, recipe.max_shard_bytes))
     shards = [placed(name, group) for name, group in grouped]
     warnings = [*original.warnings, *unlearned.warnings, *pairing.warnings, *further.warnings]
+    if recipe.mergekit is not None:
+        warnings += [f"{recipe.mergekit.config}: {remark}" for remark in recipe.mergekit.remarks]
+        if unmatched := recipe.mergekit.unmatched(list(pairing.pairs)):
+            warnings.append(f"no tensor's name has in it what is filtered by: {listed(unmatched)}")
     return Plan(
         recipe,
         shards,
@@ -155,7 +160,9 @@ def draft(
         dtype = OUTPUT_DTYPES[recipe.dtype]
     steering = recipe.steering
     steered = steering is not PLAIN and steering.active
-    from_original = alpha == -1 and original.plain and not steered
+    arithmetic: Arithmetic = "wider" if recipe.mergekit is None else recipe.mergekit.arithmetic
+    task = arithmetic == "task"  # has bits of its own for α = 0 and −1 too
+    from_original = alpha == -1 and original.plain and not (steered or task)
     source = original if from_original else unlearned
     other: TensorSpec | None = None
     operation: Operation
@@ -163,7 +170,7 @@ def draft(
         operation = "copy" if from_original else "keep"
         other = None if from_original else original
         dtype = source.dtype
-    elif ((alpha == 0 and not steering.add) or from_original) and source.plain:
+    elif ((alpha == 0 and not (steering.add or task)) or from_original) and source.plain:
         operation = _carried(source, dtype)
     else:
         operation, other = "extrapolate", original
@@ -172,7 +179,8 @@ def draft(
     amplified = operation == "extrapolate" and (steered or alpha not in (0, -1))
     if recipe.rounding == "stochastic" and amplified and dtype.name in _BY_CHANCE:
         noise = noise_key(recipe.seed, parameter)
-    return Step(name, operation, alpha, source, other, dtype, 0, nbytes, from_original, noise)
+    step = Step(name, operation, alpha, source, other, dtype, 0, nbytes, from_original, noise)
+    return step if arithmetic == "wider" else step._replace(arithmetic=arithmetic)
 
 
 def _steered(step: Step, recipe: Recipe, further: tuple[Operand, ...], parameter: str) -> Step:
