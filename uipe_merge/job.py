@@ -46,7 +46,17 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]
 
-_COMMANDS = ("merge", "grid", "collect", "evaluate", "search", "inspect", "verify", "demo", "mergekit")
+_COMMANDS = (
+    "merge",
+    "grid",
+    "collect",
+    "evaluate",
+    "search",
+    "inspect",
+    "verify",
+    "demo",
+    "mergekit",
+)
 _REMOTE_BLOCK = 4 * 2**20  # bytes: eight threads with three of them stay far below 512 MiB
 
 

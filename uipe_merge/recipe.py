@@ -89,6 +89,11 @@ class Recipe:
         if self.layers and self.gradient:
             raise RecipeError("has both layers and a gradient", remedy="give one of them")
         self._check_choices()
+        if self.mergekit is not None and (self.form == "adapter" or self.steering.active):
+            raise UsageError(
+                "a recipe of mergekit makes a whole model of two, by α alone",
+                remedy="name the two models and give the options instead",
+            )
 
     def _check_choices(self) -> None:
         if self.dtype != "auto" and self.dtype not in OUTPUT_DTYPES:
@@ -125,11 +130,6 @@ class Recipe:
             raise UsageError(
                 "an adapter is lengthened by α alone, whatever else a step may hold",
                 remedy="write a whole model with --as model",
-            )
-        if self.mergekit is not None and (self.form == "adapter" or self.steering.active):
-            raise UsageError(
-                "a recipe of mergekit makes a whole model of two, by α alone",
-                remedy="name the two models and give the options instead",
             )
         if self.form == "adapter" and self.max_shard_bytes is not None:
             raise UsageError(

@@ -276,7 +276,7 @@ class TaskCell(Cell):
         return moments
 
     def _form(self, alpha: float) -> None:
-        _, back, step, result = self._views
+        _, back, _, result = self._views
         self._backward_step(alpha)
         torch.neg(back, out=result)
         result.mul_(1 + alpha).add_(0.0)

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from uipe_merge._version import __version__
 from uipe_merge.checkpoint.storage import system_error
-from uipe_merge.cli import collect, demo, evaluate, grid, inspect, merge, search, verify
+from uipe_merge.cli import collect, demo, evaluate, grid, inspect, merge, mergekit, search, verify
 from uipe_merge.cli.console import Output
 from uipe_merge.errors import UipeMergeError
 
@@ -59,6 +59,11 @@ app.command("search", short_help="Look for the best α under a constraint.")(sea
 app.command("evaluate", short_help="Measure forgetting and utility of a model.")(evaluate.evaluate)
 app.command("inspect", short_help="Measure an update before anything is written.")(inspect.inspect)
 app.command("verify", short_help="Hash a written model again.")(verify.verify)
+app.command(
+    "mergekit",
+    short_help="mergekit-yaml, with the merge method uipe.",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(mergekit.mergekit)
 app.command("demo", short_help="The whole way on a tiny pair made on the spot.")(demo.demo)
 
 
