@@ -35,7 +35,7 @@ def register() -> None:
         return
     from uipe_merge.arithmetic.whole import extrapolate_whole
 
-    @merge_method(  # type: ignore[untyped-decorator, unused-ignore] - where mergekit is not there
+    @merge_method(  # type: ignore[untyped-decorator]  # mergekit is not followed
         name="uipe",
         pretty_name="UIPE",
         reference_url=_URL,

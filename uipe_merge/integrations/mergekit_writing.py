@@ -24,12 +24,11 @@ from uipe_merge.mergekit_recipe import (
 from uipe_merge.naming import place, stack
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from uipe_merge.recipe import Recipe
 
 _NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_MOST_FILTERS = 2000
 _NOTES = {
     "task_arithmetic": "the same update and α; mergekit adds it to the original, in float32",
     "uipe": "for uipe-merge mergekit CONFIG OUT, or uipe-merge CONFIG -o OUT: the same bits",
@@ -152,31 +151,55 @@ def _candidates(
         plain = method == "uipe"
         spread = tuple(alpha if plain else weight_of(alpha) for alpha in recipe.gradient)
         yield Setting(stacks.pop(), spread), rest
-    layers: dict[str, set[float]] = {}
-    kinds: dict[str, set[float]] = {}
-    for name, value in values.items():
-        found = place(name)
-        group = name if found.layer is None else f"{stack(name)}{found.layer}."
-        layers.setdefault(group, set()).add(value)
-        kinds.setdefault(name if found.layer is None else f".{found.kind}.", set()).add(value)
-    for groups in (layers, kinds):
+    kinds = _grouped(values, _kind)
+    varying = {name: value for name, value in values.items() if len(kinds[_kind(name)]) > 1}
+    layers = _grouped(varying, _layer)
+    fixed = {kind: each for kind, each in kinds.items() if len(each) == 1}
+    for groups in (_grouped(values, _stack), _grouped(values, _layer), fixed | layers):
         if all(len(each) == 1 for each in groups.values()):
-            yield _exceptions({text: each.copy().pop() for text, each in groups.items()}, rest)
-    yield _exceptions(dict(values), rest)
-    if len(values) <= _MOST_FILTERS:
-        yield _exceptions(dict(values), None)
+            found = {text: min(each) for text, each in groups.items()}
+            yield _exceptions(found, rest)
+            yield (*_exceptions(found), rest)
+    yield _exceptions(values, rest)
+    yield _exceptions(values)
 
 
-def _exceptions(values: Mapping[str, float], rest: Setting | None) -> tuple[Setting, ...]:
-    """Return filters for what differs from the rest; a longer text comes before one that is in it."""
-    differing = {
-        text: value for text, value in values.items() if rest is None or value != rest.values[0]
-    }
-    texts = sorted(differing, key=lambda text: (-len(text), text))
-    if all(one == two or one not in two for one in texts for two in texts[:_MOST_FILTERS]):
-        texts = list(differing)
-    settings = tuple(Setting(text, (differing[text],)) for text in texts)
-    return settings if rest is None else (*settings, rest)
+def _stack(name: str) -> str:
+    return stack(name) or name
+
+
+def _layer(name: str) -> str:
+    return name if (layer := place(name).layer) is None else f"{stack(name)}{layer}."
+
+
+def _kind(name: str) -> str:
+    """Return what a tensor's name has in common with its likes in other layers."""
+    layer, kind = place(name)
+    if layer is None:
+        return name
+    return f".{kind}.weight" if name.endswith(".weight") else f".{kind}"
+
+
+def _grouped(values: Mapping[str, float], text: Callable[[str], str]) -> dict[str, set[float]]:
+    """Return the values of the tensors that share a text."""
+    groups: dict[str, set[float]] = {}
+    for name, value in values.items():
+        groups.setdefault(text(name), set()).add(value)
+    return groups
+
+
+def _exceptions(values: Mapping[str, float], rest: Setting | None = None) -> tuple[Setting, ...]:
+    """Return filters for what differs from the rest, which comes last if there is one.
+
+    A text comes before one that is a part of it, and whole layers come after all else.
+    """
+    settings = [
+        Setting(text, (value,))
+        for text, value in values.items()
+        if rest is None or value != rest.values[0]
+    ]
+    settings.sort(key=lambda setting: (setting.text.endswith("."), -len(setting.text)))
+    return (*settings, *([] if rest is None else [rest]))
 
 
 def _entry(setting: Setting) -> dict[str, object]:
