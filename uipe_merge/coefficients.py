@@ -36,7 +36,6 @@ def resolve(recipe: Recipe, names: Sequence[str]) -> dict[str, float]:
         RecipeError: A rule matches no tensor, or none that an earlier one has left; the
             schedule names layers that there are not, or the model has several stacks of
             layers; or see ``MergekitRecipe.alphas``.
-        NumericError: A weight of a recipe of mergekit is too large.
     """
     if recipe.mergekit is not None:
         return recipe.mergekit.alphas(names)

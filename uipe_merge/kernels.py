@@ -215,7 +215,10 @@ class Kernels:
         if key not in self._cells:
             work, task = key
             self._cells[key] = (TaskCell if task else Cell)(CELL, work, self._device)
-        return self._cells[key]
+        cell = self._cells[key]
+        if isinstance(cell, TaskCell):
+            cell.weight = step.weight
+        return cell
 
 
 def pieces(

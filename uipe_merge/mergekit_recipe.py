@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from uipe_merge.errors import NumericError, RecipeError, listed
+from uipe_merge.errors import RecipeError, listed
 from uipe_merge.naming import place, stack
 
 if TYPE_CHECKING:
@@ -103,18 +103,34 @@ class MergekitRecipe:
     remarks: tuple[str, ...] = ()
 
     def alphas(self, names: Sequence[str]) -> dict[str, float]:
-        """Return α of every tensor.
+        """Return α of every tensor; for task arithmetic, its weight minus 1.
 
         Raises:
-            RecipeError: Nothing decides about a tensor, the layers are others than the model's, or
-                it cannot be told which stretch a tensor belongs to.
-            NumericError: A weight is too large.
+            RecipeError: As for ``values``.
         """
-        values = self._values(names)
+        values = self.values(names)
         if self.method == "uipe":
             return values
         found = {weight: alpha_of(weight) for weight in set(values.values())}
         return {name: found[weight] for name, weight in values.items()}
+
+    def values(self, names: Sequence[str]) -> dict[str, float]:
+        """Return the weight or the α of every tensor, as the recipe has it.
+
+        Raises:
+            RecipeError: Nothing decides about a tensor, the layers are others than the model's, or
+                it cannot be told which stretch a tensor belongs to.
+        """
+        try:
+            return self._values(names)
+        except RecipeError as error:
+            raise RecipeError(error.message, file=self.config, remedy=error.remedy) from None
+
+    @property
+    def named(self) -> list[float]:
+        """Every weight or α that is in the recipe; where one is too large for α, so is the other."""
+        settings = (each for one in self.stretches for scope in one.scopes for each in scope)
+        return [value for each in settings for value in each.values]
 
     def unmatched(self, names: Sequence[str]) -> list[str]:
         """Return the pieces of text that no tensor has in its name."""
@@ -206,23 +222,8 @@ def single(value: float) -> float:
 
 
 def alpha_of(weight: float) -> float:
-    """Return α of a weight: a number for which 1 + α is the weight, as float32 has it.
-
-    Raises:
-        RecipeError: There is none: the weight is not zero, and too small.
-        NumericError: It is too large.
-    """
-    if abs(weight) >= 2.0**24:
-        raise NumericError(
-            f"weight {weight:g} is so large that nothing of the model would be left",
-            remedy="choose a smaller one",
-        )
-    for alpha in (float(Decimal(repr(weight)) - 1), single(weight) - 1):
-        if single(1 + alpha) == single(weight):
-            return alpha
-    raise RecipeError(
-        f"has the weight {weight:g}, too small to be told from 0", remedy="write 0 instead"
-    )
+    """Return α of a weight, with no more digits than the weight has."""
+    return float(Decimal(repr(weight)) - 1)
 
 
 def weight_of(alpha: float) -> float:

@@ -122,6 +122,9 @@ def _run(
     one, two, three = (
         _TYPES[dtype.name] for dtype in (step.original.dtype, step.source.dtype, step.dtype)
     )
-    how = (step.noise is not None, step.noise or 0, first, _ARITHMETICS.index(step.arithmetic))
-    found = fused.extrapolate(original, one, unlearned, two, out, three, step.alpha, CELL, *how)
+    chance = (step.noise is not None, step.noise or 0, first)
+    how = (_ARITHMETICS.index(step.arithmetic), step.weight)
+    found = fused.extrapolate(
+        original, one, unlearned, two, out, three, step.alpha, CELL, *chance, *how
+    )
     return found if all(math.isfinite(sum(moments)) for moments in found) else None

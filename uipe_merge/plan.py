@@ -35,7 +35,7 @@ Arithmetic = Literal["wider", "single", "task"]
 """How the sum of an extrapolated tensor is formed; see ``arithmetic.blocks``.
 
 ``wider``: θᵤ + α·v, one size wider than the output. ``single``: the same in float32, whatever the
-output. ``task``: θ₀ + (1 + α)·v in float32.
+output. ``task``: θ₀ + w·v in float32, with the weight w = 1 + α.
 """
 
 CELL = 2**17
@@ -91,6 +91,7 @@ class Step(NamedTuple):
         parameter: The tensor that it is tied to, else its own name: what is drawn by chance is
             drawn for that.
         arithmetic: How its sum is formed.
+        weight: w, for ``task``.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Step(NamedTuple):
     group: str = ""
     parameter: str = ""
     arithmetic: Arithmetic = "wider"
+    weight: float = 0.0
 
     @property
     def operands(self) -> list[Operand]:
@@ -277,6 +279,8 @@ class Plan(NamedTuple):
                     f"{step.operation} {step.alpha.hex()} {step.from_original} "
                     f"{step.noise} {source[3:]} {original and original[3:]}\n".encode()
                 )
+                if step.arithmetic != "wider":
+                    digest.update(f"{step.arithmetic} {step.weight.hex()}\n".encode())
                 if step.further or step.terms:
                     further = [(side, *spec[3:], key) for side, spec, key in step.further]
                     digest.update(f"{step.group} {further} {step.terms}\n".encode())

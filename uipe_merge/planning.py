@@ -78,13 +78,21 @@ def make_plan(
     """
     alphas = resolve(recipe, list(pairing.pairs))
     refuse_untying(unlearned, alphas)
+    weights = {} if recipe.mergekit is None else recipe.mergekit.values(list(pairing.pairs))
     head, embedding = tied_names(unlearned)
     tied = {head: embedding}
     added = [name for name in pairing.kept if name not in unlearned.tensors]
     drafts = [
         _kept(name, pairing.kept[name], recipe)
         if name in pairing.kept
-        else draft(name, *pairing.pairs[name], recipe, alphas[name], tied.get(name, name))
+        else draft(
+            name,
+            *pairing.pairs[name],
+            recipe,
+            alphas[name],
+            tied.get(name, name),
+            weight=weights.get(name, 0.0),
+        )
         for name in [*unlearned.tensors, *added]
         if name in pairing.pairs or name in pairing.kept
     ]
@@ -149,11 +157,13 @@ def draft(
     recipe: Recipe,
     alpha: float,
     parameter: str,
+    *,
+    weight: float = 0.0,
 ) -> Step:
     """Decide the operation of one tensor; its place in the output is not known yet.
 
     ``parameter`` is the name of the tensor that it is tied to, or its own: what is drawn by
-    chance is drawn for that.
+    chance is drawn for that. ``weight`` counts for task arithmetic only.
     """
     dtype = unlearned.kept_dtype
     if recipe.dtype != "auto" and dtype.name in CONVERTIBLE:
@@ -180,7 +190,7 @@ def draft(
     if recipe.rounding == "stochastic" and amplified and dtype.name in _BY_CHANCE:
         noise = noise_key(recipe.seed, parameter)
     step = Step(name, operation, alpha, source, other, dtype, 0, nbytes, from_original, noise)
-    return step if arithmetic == "wider" else step._replace(arithmetic=arithmetic)
+    return step if arithmetic == "wider" else step._replace(arithmetic=arithmetic, weight=weight)
 
 
 def _steered(step: Step, recipe: Recipe, further: tuple[Operand, ...], parameter: str) -> Step:

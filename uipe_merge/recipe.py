@@ -140,6 +140,8 @@ class Recipe:
     def alphas(self) -> list[float]:
         """Every α that is named."""
         named = [alpha for _, alpha in (*self.rules, *self.layers)]
+        if self.mergekit is not None:
+            named += self.mergekit.named
         return [self.alpha, *named, *self.gradient]
 
     def rest(self) -> tuple[object, ...]:

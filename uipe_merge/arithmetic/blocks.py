@@ -241,16 +241,20 @@ class Cell:
 
 
 class TaskCell(Cell):
-    """θ₀ + (1 + α)·v, with the operations of task arithmetic and in their order.
+    """θ₀ + w·v with the weight w = 1 + α, by the operations of task arithmetic in their order.
 
     The same rule from the other end (task arithmetic: arXiv 2212.04089), for results that have the
     bits of programs that start there. It differs from ``Cell`` by roundings of the working type:
     where v = 0 it keeps θ₀, but for a −0, which becomes +0; and α = 0 need not give θᵤ.
+
+    Attributes:
+        weight: w, to be set before ``apply``: near 0 it has digits that 1 + α has not.
     """
 
     def __init__(self, elements: int, dtype: torch.dtype, device: str = "cpu") -> None:
         """As ``Cell``, with one more buffer for θ₀."""
         super().__init__(elements, dtype, device)
+        self.weight = 0.0
         self._start = torch.empty(elements, dtype=dtype, device=device)
 
     def load(
@@ -259,7 +263,7 @@ class TaskCell(Cell):
         unlearned: torch.Tensor,
         changes: Sequence[Change | None] = (None, None),
     ) -> None:
-        """As ``Cell.load``; ``apply`` may then be called for one α after the other."""
+        """As ``Cell.load``, keeping θ₀."""
         super().load(original, unlearned, changes)
         start = self._start[: original.numel()]
         start.copy_(original)
@@ -279,5 +283,5 @@ class TaskCell(Cell):
         _, back, _, result = self._views
         self._backward_step(alpha)
         torch.neg(back, out=result)
-        result.mul_(1 + alpha).add_(0.0)
+        result.mul_(self.weight).add_(0.0)
         torch.add(self._start[: result.numel()], result, out=result)

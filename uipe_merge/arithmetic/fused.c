@@ -14,7 +14,7 @@ typedef double Sums[MOMENTS][MOST_LANES];
 /* The arithmetic of a step, as blocks.py has it. */
 enum { WIDER, SINGLE, TASK };
 
-/* What a chunk is multiplied by: |α|, and 1 + α where the sum starts at θ₀. */
+/* What a chunk is multiplied by: |α|, and the weight where the sum starts at θ₀. */
 typedef struct {
     double size, weight;
     int negative;
@@ -139,9 +139,8 @@ static PyObject *moments(Sums sums)
 
 static PyObject *run(
     const Py_buffer *original, int first, const Py_buffer *unlearned, int second, Py_buffer *out,
-    int third, double alpha, const Rule *rule, int arithmetic, Py_ssize_t cell)
+    int third, const Factors *factors, const Rule *rule, int arithmetic, Py_ssize_t cell)
 {
-    const Factors factors = {fabs(alpha), 1 + alpha, alpha < 0};
     size_t elements = (size_t)out->len / size_of(third);
     size_t cells = (elements + (size_t)cell - 1) / (size_t)cell;
     Sums *sums = PyMem_Calloc(cells ? cells : 1, sizeof(Sums));
@@ -153,11 +152,11 @@ static PyObject *run(
         size_t count = elements - start < (size_t)cell ? elements - start : (size_t)cell;
         if (third == BF16 || arithmetic != WIDER)
             cell_in_float(
-                original, first, unlearned, second, out, third, start, count, &factors, rule,
+                original, first, unlearned, second, out, third, start, count, factors, rule,
                 arithmetic, sums[number]);
         else
             cell_in_double(
-                original, first, unlearned, second, out, start, count, &factors, sums[number]);
+                original, first, unlearned, second, out, start, count, factors, sums[number]);
     }
     Py_END_ALLOW_THREADS
     PyObject *found = PyList_New((Py_ssize_t)cells);
@@ -178,15 +177,17 @@ static PyObject *extrapolate(PyObject *module, PyObject *arguments)
     Py_buffer original, unlearned, out;
     char one, two, three;
     Rule rule;
-    double alpha;
+    double alpha, weight = 0;
     unsigned long long key, position_of_first;
     Py_ssize_t cell;
     int arithmetic = WIDER;
     if (!PyArg_ParseTuple(
-            arguments, "y*cy*cw*cdnpKK|i:extrapolate", &original, &one, &unlearned, &two, &out,
-            &three, &alpha, &cell, &rule.by_chance, &key, &position_of_first, &arithmetic))
+            arguments, "y*cy*cw*cdnpKK|id:extrapolate", &original, &one, &unlearned, &two, &out,
+            &three, &alpha, &cell, &rule.by_chance, &key, &position_of_first, &arithmetic,
+            &weight))
         return NULL;
     rule.key = key, rule.first = position_of_first;
+    const Factors factors = {fabs(alpha), weight, alpha < 0};
     PyObject *found = NULL;
     const int first = type_of(one), second = type_of(two), third = type_of(three);
     if (first < 0 || second < 0 || third < 0 || cell < 1)
@@ -197,8 +198,8 @@ static PyObject *extrapolate(PyObject *module, PyObject *arguments)
              || (size_t)unlearned.len / size_of(second) != (size_t)out.len / size_of(third))
         PyErr_SetString(PyExc_ValueError, "the three buffers hold different numbers of elements");
     else
-        found = run(&original, first, &unlearned, second, &out, third, alpha, &rule, arithmetic,
-                    cell);
+        found = run(&original, first, &unlearned, second, &out, third, &factors, &rule,
+                    arithmetic, cell);
     PyBuffer_Release(&original);
     PyBuffer_Release(&unlearned);
     PyBuffer_Release(&out);

@@ -5,16 +5,13 @@
 """
 # No `from __future__ import annotations`: mergekit reads the annotations of the method as objects.
 
-import sys
-import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from uipe_merge.errors import UsageError
 
 _REMEDY = "pip install 'uipe-merge[mergekit]'"
 _URL = "https://arxiv.org/abs/2503.04693"
-_FAILED = 1
 
 
 def register() -> None:
@@ -49,30 +46,22 @@ def register() -> None:
     make_known(uipe)
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run ``mergekit-yaml`` with ``uipe`` among its methods, in this process; return an exit code.
+def program() -> Callable[[Sequence[str]], None]:
+    """Return ``mergekit-yaml`` with ``uipe`` among its methods; called with its arguments, it runs.
 
-    What it prints is its own. It leaves with 2 where the command line makes no sense, and with 1
-    and its traceback where it failed.
+    Then it prints what it prints, and raises ``click.ClickException`` where the arguments make no
+    sense and whatever else it fails with.
 
     Raises:
         UsageError: As for ``register``.
     """
     register()
-    import click
     from mergekit.scripts.run_yaml import main
 
-    try:
+    def run(arguments: Sequence[str]) -> None:
         main.main(list(arguments), prog_name="uipe-merge mergekit", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except Exception as error:  # noqa: BLE001 - whatever another program fails with
-        traceback.print_exc()
-        kind = type(error).__name__
-        sys.stderr.write(f"error: mergekit failed with {kind}; the lines above are its own\n")
-        return _FAILED
-    return 0
+
+    return run
 
 
 def _missing(error: ImportError) -> UsageError:
