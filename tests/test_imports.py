@@ -249,7 +249,7 @@ def test_every_library_is_declared() -> None:
         project = tomllib.load(file)["project"]
     requirements = project["dependencies"] + [
         requirement
-        for extra in ("plot", "study")
+        for extra in ("plot", "study", "mergekit")
         for requirement in project["optional-dependencies"][extra]
     ]
     names = {re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower() for requirement in requirements}

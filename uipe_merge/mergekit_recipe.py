@@ -21,7 +21,7 @@ from uipe_merge.naming import place, stack
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from uipe_merge.plan import Arithmetic
+    from uipe_merge.arithmetic.terms import Arithmetic
 
 Method = Literal["task_arithmetic", "uipe"]
 PARAMETERS: dict[Method, str] = {"task_arithmetic": "weight", "uipe": "alpha"}

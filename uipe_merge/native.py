@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, get_args
 
-from uipe_merge.plan import CELL, Arithmetic
+from uipe_merge.arithmetic.terms import Arithmetic
+from uipe_merge.plan import CELL
 
 try:
     from uipe_merge.arithmetic import fused

@@ -18,7 +18,7 @@ from uipe_merge.checkpoint.index import encode_index
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from uipe_merge.arithmetic.terms import Term, Vector
+    from uipe_merge.arithmetic.terms import Arithmetic, Term, Vector
     from uipe_merge.checkpoint.dtypes import DType
     from uipe_merge.checkpoint.header import Factor, TensorSpec
     from uipe_merge.checkpoint.model import ShardInput
@@ -29,13 +29,6 @@ Operation = Literal["copy", "keep", "cast", "extrapolate"]
 
 ``copy``: bytes of one input. ``keep``: bytes of the unlearned one, compared with the
 original's (integers, booleans). ``cast``: one input, converted. ``extrapolate``: θᵤ + α·v.
-"""
-
-Arithmetic = Literal["wider", "single", "task"]
-"""How the sum of an extrapolated tensor is formed; see ``arithmetic.blocks``.
-
-``wider``: θᵤ + α·v, one size wider than the output. ``single``: the same in float32, whatever the
-output. ``task``: θ₀ + w·v in float32, with the weight w = 1 + α.
 """
 
 CELL = 2**17

@@ -18,12 +18,12 @@ from uipe_merge.steering import PLAIN
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from uipe_merge.arithmetic.terms import Arithmetic
     from uipe_merge.checkpoint.decisions import Kept
     from uipe_merge.checkpoint.dtypes import DType
     from uipe_merge.checkpoint.header import TensorSpec
     from uipe_merge.checkpoint.model import ShardInput
     from uipe_merge.checkpoint.pair import Pairing
-    from uipe_merge.plan import Arithmetic
     from uipe_merge.recipe import Recipe
     from uipe_merge.steering import Granularity
 

@@ -27,7 +27,7 @@ from uipe_merge.steering import NUMBER
 if TYPE_CHECKING:
     import os
 
-    from uipe_merge.plan import Arithmetic
+    from uipe_merge.arithmetic.terms import Arithmetic
 
 ENDINGS = (".yml", ".yaml")
 
