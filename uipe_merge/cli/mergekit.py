@@ -21,13 +21,13 @@ def mergekit(
     """Run mergekit-yaml with the merge method uipe; all other options are mergekit's own."""
     from uipe_merge.integrations.mergekit import program
 
-    run = program()
-    import click  # the one that mergekit has; typer may have another
-
     # It cannot go on where it was stopped, so the promise of this program's own handlers is none.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
+    run = program()
+    import click  # the one that mergekit has; typer may have another
+
     try:
         run([config, output, *context.args])
     except click.ClickException as error:

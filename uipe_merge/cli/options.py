@@ -70,10 +70,13 @@ PrintRecipe = Annotated[
     bool, typer.Option("--print-recipe", help="Print the recipe as YAML and end.")
 ]
 PrintMergekit = Annotated[
-    bool, typer.Option("--print-mergekit", help="Print what says it to mergekit, and end.")
+    bool,
+    typer.Option(
+        "--print-mergekit", help="Print a recipe of mergekit's for the same merge, and end."
+    ),
 ]
 MergekitMethod = Annotated[
-    Method, typer.Option(help="In which words; uipe keeps every bit, for uipe-merge mergekit.")
+    Method, typer.Option(help="Of that recipe; uipe keeps every bit and needs uipe-merge mergekit.")
 ]
 Dtype = Annotated[
     str, typer.Option(help="auto keeps each tensor's; or float32, bfloat16, float16.")
