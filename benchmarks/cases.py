@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Arguments = ParamSpec("Arguments")
 
 ALPHA = 2.0
+RECIPE_ALPHA = 0.3
 PROGRAM = Path(sys.executable).with_name("uipe-merge")
 ENGINE: list[str | Path] = [sys.executable, Path(__file__).with_name("engine.py")]
 
@@ -98,6 +99,29 @@ def measure_pair(bench: Bench) -> Findings:
         if rough.makes:
             notes.append(_compared("mergekit in bfloat16, its default", ours.makes, rough.makes))
     return Findings("A whole model", list(found.values()), checks, notes)
+
+
+def measure_recipe(bench: Bench) -> Findings:
+    """Measure one recipe of mergekit's in both programs, at an α that rounds; compare the bits."""
+    pair = bench.pair(write_model_pair, geometry(bench.size), bench.shards)
+    made = bench.root / "merged"
+    written = bench.root / "recipe.yml"
+    written.write_text(recipe(pair.original, pair.unlearned, RECIPE_ALPHA, "float32"))
+    ours = Contender(
+        "uipe-merge CONFIG.yml", [[PROGRAM, written, "-o", made, "--json"]], pair.both(), made
+    )
+    contenders = [_floor(bench, pair), ours]
+    theirs = bench.root / "theirs"
+    if bench.mergekit is not None:
+        command: list[str | Path] = [bench.mergekit.program, written, theirs]
+        contenders.append(Contender("mergekit-yaml CONFIG.yml", [command], pair.both(), theirs))
+    found = interleave(contenders, bench.runs, bench.say)
+    checks, notes = [_memory(found[ours.name])], []
+    if bench.mergekit is not None:
+        ratio = found[ours.name].wall / found["mergekit-yaml CONFIG.yml"].wall
+        checks.insert(0, Check("CONFIG.yml: uipe-merge ÷ mergekit", ratio, 1 / 8))
+        notes.append(_compared("mergekit on the same recipe", made, theirs))
+    return Findings("A recipe of mergekit's", list(found.values()), checks, notes)
 
 
 def measure_few(bench: Bench) -> Findings:
@@ -233,6 +257,7 @@ CASES: dict[str, Callable[[Bench], Findings]] = {
     "help": measure_help,
     "plan": measure_plan,
     "pair": measure_pair,
+    "recipe": measure_recipe,
     "few": measure_few,
     "steered": measure_steered,
     "grid": measure_grid,

@@ -83,7 +83,7 @@ def measure(
     """
     chosen = [options.only] if options.only else list(CASES)
     busy = load()
-    wanted = "pair" in chosen and not options.skip_mergekit
+    wanted = {"pair", "recipe"} & set(chosen) and not options.skip_mergekit
     mergekit = peer.install(work / "mergekit-env", say) if wanted else None
     findings = []
     for name in chosen:

@@ -63,6 +63,7 @@ LAYERS: list[set[str]] = [
     {"plan"},
     {"recipe_file"},
     {"recipe"},
+    {"mergekit_recipe"},
     {"recipe_formats"},
     {"steering"},
     {"bits"},
@@ -254,7 +255,7 @@ def test_every_library_is_declared() -> None:
         project = tomllib.load(file)["project"]
     requirements = project["dependencies"] + [
         requirement
-        for extra in ("plot", "study", "lm-eval")
+        for extra in ("plot", "study", "lm-eval", "mergekit")
         for requirement in project["optional-dependencies"][extra]
     ]
     names = {re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower() for requirement in requirements}

@@ -35,8 +35,10 @@ def resolve(recipe: Recipe, names: Sequence[str]) -> dict[str, float]:
     Raises:
         RecipeError: A rule matches no tensor, or none that an earlier one has left; the
             schedule names layers that there are not, or the model has several stacks of
-            layers.
+            layers; or see ``MergekitRecipe.alphas``.
     """
+    if recipe.mergekit is not None:
+        return recipe.mergekit.alphas(names)
     if not (recipe.rules or recipe.layers or recipe.gradient):
         return dict.fromkeys(names, recipe.alpha)
     alphas: dict[str, float] = {}

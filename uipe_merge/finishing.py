@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from uipe_merge.output.filesystem import FileSystem
     from uipe_merge.output.journal import ShardRecord
     from uipe_merge.output.staging import Staging
+    from uipe_merge.recipe import Recipe
     from uipe_merge.resolving import GroupRecord
     from uipe_merge.settling import Settled
 
@@ -31,6 +32,7 @@ _RULES = {
     "model": "theta_u + alpha * (theta_u - theta_0)",
     "adapter": "theta_0 + (1 + alpha) * c * B * A: B + alpha * (B - 0)",
 }
+_TASK = "theta_0 + (1 + alpha) * (theta_u - theta_0), in float32"
 _STEERED = "theta_u + s, with s made as the recipe says: see groups"
 
 
@@ -60,7 +62,7 @@ def write_rest(
         files[name] = record_of(content)
     manifest = {
         "tool": {"name": "uipe-merge", "version": __version__, "numerics": NUMERICS},
-        "rule": _STEERED if recipe.steering.active else _RULES[recipe.form],
+        "rule": _rule(recipe),
         "command": job.command,
         "recipe": {
             "alpha": recipe.alpha,
@@ -74,6 +76,7 @@ def write_rest(
             "rounding": recipe.rounding,
             "seed": recipe.seed,
             **recipe.steering.document(),
+            **({} if recipe.mergekit is None else {"mergekit": recipe.mergekit.document()}),
         },
         "plan": plan.fingerprint(),
         "run": run_digest(job),
@@ -87,6 +90,12 @@ def write_rest(
         "tensors": tensors,
     }
     write_document(filesystem, model / MANIFEST_NAME, encode_manifest(manifest, files))
+
+
+def _rule(recipe: Recipe) -> str:
+    if recipe.mergekit is not None and recipe.mergekit.arithmetic == "task":
+        return _TASK
+    return _STEERED if recipe.steering.active else _RULES[recipe.form]
 
 
 def _input(checkpoint: Checkpoint) -> dict[str, object]:

@@ -56,6 +56,7 @@ _COMMANDS = (
     "inspect",
     "verify",
     "demo",
+    "mergekit",
 )
 _REMOTE_BLOCK = 4 * 2**20  # bytes: eight threads with three of them stay far below 512 MiB
 
@@ -102,7 +103,9 @@ class Job:
     @property
     def command(self) -> str:
         """The command line that makes this output."""
-        words = ["uipe-merge", *(_operand(argument) for argument in self.arguments)]
+        config = self.plan.recipe.mergekit
+        named = self.arguments if config is None else (config.config,)
+        words = ["uipe-merge", *(_operand(argument) for argument in named)]
         recipe = self.plan.recipe.words(lambda name: self.names.get(name, name))
         words += [*recipe, "-o", self.named]
         sides = self.pair.sides

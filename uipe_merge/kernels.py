@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from uipe_merge.arithmetic.blocks import Cell, Change, Moments, work_dtype
+from uipe_merge.arithmetic.blocks import Cell, Change, Moments, TaskCell, work_dtype
 from uipe_merge.arithmetic.mixed import MixedCell, MixedMoments
 from uipe_merge.arithmetic.noise import noise
 from uipe_merge.bits import same_bytes
@@ -61,7 +61,7 @@ class Kernels:
         """
         torch.set_num_threads(1)
         self._device = device
-        self._cells: dict[torch.dtype, Cell] = {}
+        self._cells: dict[tuple[torch.dtype, bool], Cell] = {}
         self._mixing: dict[tuple[torch.dtype, int], MixedCell] = {}
 
     def extrapolate(
@@ -211,10 +211,14 @@ class Kernels:
             _view(out, step.dtype).copy_(_view(source, step.source.dtype))
 
     def _cell(self, step: Step) -> Cell:
-        work = working(step)
-        if work not in self._cells:
-            self._cells[work] = Cell(CELL, work, self._device)
-        return self._cells[work]
+        key = (working(step), step.arithmetic == "task")
+        if key not in self._cells:
+            work, task = key
+            self._cells[key] = (TaskCell if task else Cell)(CELL, work, self._device)
+        cell = self._cells[key]
+        if isinstance(cell, TaskCell):
+            cell.weight = step.weight
+        return cell
 
 
 def pieces(
@@ -263,6 +267,8 @@ def require_device(device: str) -> None:
 
 def working(step: Step) -> torch.dtype:
     """Return the type that a step's arithmetic is done in: float64 if an operand asks for it."""
+    if step.arithmetic != "wider":
+        return torch.float32
     out = torch_dtype(step.dtype)
     stored = [torch_dtype(operand.spec.dtype) for operand in step.operands]
     wide = any(work_dtype(dtype, dtype, out) == torch.float64 for dtype in stored)

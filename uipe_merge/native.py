@@ -7,8 +7,9 @@ block in which it meets a value that is not finite, is left to ``kernels``.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
+from uipe_merge.arithmetic.terms import Arithmetic
 from uipe_merge.plan import CELL
 
 try:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from uipe_merge.plan import Plan, Step
 
 _TYPES = {"BF16": b"B", "F32": b"F"}
+_ARITHMETICS = get_args(Arithmetic)
 _MOST = 12
 """Operands, terms and vectors that the compiled functions take."""
 
@@ -35,6 +37,8 @@ def covers(step: Step) -> bool:
         return False
     assert step.original is not None  # noqa: S101 - the plan gives it for this operation
     if step.changed or step.dtype.name not in _TYPES:
+        return False
+    if step.noise is not None and step.arithmetic != "wider":
         return False
     if step.source.dtype.name not in _TYPES or step.original.dtype.name not in _TYPES:
         return False
@@ -120,5 +124,8 @@ def _run(
         _TYPES[dtype.name] for dtype in (step.original.dtype, step.source.dtype, step.dtype)
     )
     chance = (step.noise is not None, step.noise or 0, first)
-    found = fused.extrapolate(original, one, unlearned, two, out, three, step.alpha, CELL, *chance)
+    how = (_ARITHMETICS.index(step.arithmetic), step.weight)
+    found = fused.extrapolate(
+        original, one, unlearned, two, out, three, step.alpha, CELL, *chance, *how
+    )
     return found if all(math.isfinite(sum(moments)) for moments in found) else None

@@ -18,7 +18,7 @@ from uipe_merge.checkpoint.index import encode_index
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from uipe_merge.arithmetic.terms import Term, Vector
+    from uipe_merge.arithmetic.terms import Arithmetic, Term, Vector
     from uipe_merge.checkpoint.dtypes import DType
     from uipe_merge.checkpoint.header import Factor, TensorSpec
     from uipe_merge.checkpoint.model import ShardInput
@@ -83,6 +83,8 @@ class Step(NamedTuple):
         group: Over what its inner products are taken; empty where there are none.
         parameter: The tensor that it is tied to, else its own name: what is drawn by chance is
             drawn for that.
+        arithmetic: How its sum is formed.
+        weight: w, for ``task``.
     """
 
     name: str
@@ -99,6 +101,8 @@ class Step(NamedTuple):
     terms: tuple[Term, ...] = ()
     group: str = ""
     parameter: str = ""
+    arithmetic: Arithmetic = "wider"
+    weight: float = 0.0
 
     @property
     def operands(self) -> list[Operand]:
@@ -268,6 +272,8 @@ class Plan(NamedTuple):
                     f"{step.operation} {step.alpha.hex()} {step.from_original} "
                     f"{step.noise} {source[3:]} {original and original[3:]}\n".encode()
                 )
+                if step.arithmetic != "wider":
+                    digest.update(f"{step.arithmetic} {step.weight.hex()}\n".encode())
                 if step.further or step.terms:
                     further = [(side, *spec[3:], key) for side, spec, key in step.further]
                     digest.update(f"{step.group} {further} {step.terms}\n".encode())

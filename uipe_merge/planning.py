@@ -10,7 +10,7 @@ from uipe_merge.checkpoint.header import ZERO, encode_header
 from uipe_merge.checkpoint.model import SINGLE_NAME, Checkpoint
 from uipe_merge.checkpoint.pair import tied_names
 from uipe_merge.coefficients import resolve
-from uipe_merge.errors import RecipeError, UsageError
+from uipe_merge.errors import RecipeError, UsageError, listed
 from uipe_merge.naming import place, stack
 from uipe_merge.plan import Directions, Operand, Operation, Plan, Shard, Step
 from uipe_merge.steering import PLAIN
@@ -18,6 +18,7 @@ from uipe_merge.steering import PLAIN
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from uipe_merge.arithmetic.terms import Arithmetic
     from uipe_merge.checkpoint.decisions import Kept
     from uipe_merge.checkpoint.dtypes import DType
     from uipe_merge.checkpoint.header import TensorSpec
@@ -77,13 +78,21 @@ def make_plan(
     """
     alphas = resolve(recipe, list(pairing.pairs))
     refuse_untying(unlearned, alphas)
+    weights = {} if recipe.mergekit is None else recipe.mergekit.values(list(pairing.pairs))
     head, embedding = tied_names(unlearned)
     tied = {head: embedding}
     added = [name for name in pairing.kept if name not in unlearned.tensors]
     drafts = [
         _kept(name, pairing.kept[name], recipe)
         if name in pairing.kept
-        else draft(name, *pairing.pairs[name], recipe, alphas[name], tied.get(name, name))
+        else draft(
+            name,
+            *pairing.pairs[name],
+            recipe,
+            alphas[name],
+            tied.get(name, name),
+            weight=weights.get(name, 0.0),
+        )
         for name in [*unlearned.tensors, *added]
         if name in pairing.pairs or name in pairing.kept
     ]
@@ -99,6 +108,10 @@ def make_plan(
     grouped = list(_layout(drafts, layout, recipe.max_shard_bytes))
     shards = [placed(name, group) for name, group in grouped]
     warnings = [*original.warnings, *unlearned.warnings, *pairing.warnings, *further.warnings]
+    if recipe.mergekit is not None:
+        warnings += [f"{recipe.mergekit.config}: {remark}" for remark in recipe.mergekit.remarks]
+        if unmatched := recipe.mergekit.unmatched(list(pairing.pairs)):
+            warnings.append(f"no tensor's name has in it what is filtered by: {listed(unmatched)}")
     return Plan(
         recipe,
         shards,
@@ -144,18 +157,22 @@ def draft(
     recipe: Recipe,
     alpha: float,
     parameter: str,
+    *,
+    weight: float = 0.0,
 ) -> Step:
     """Decide the operation of one tensor; its place in the output is not known yet.
 
     ``parameter`` is the name of the tensor that it is tied to, or its own: what is drawn by
-    chance is drawn for that.
+    chance is drawn for that. ``weight`` counts for task arithmetic only.
     """
     dtype = unlearned.kept_dtype
     if recipe.dtype != "auto" and dtype.name in CONVERTIBLE:
         dtype = OUTPUT_DTYPES[recipe.dtype]
     steering = recipe.steering
     steered = steering is not PLAIN and steering.active
-    from_original = alpha == -1 and original.plain and not steered
+    arithmetic: Arithmetic = "wider" if recipe.mergekit is None else recipe.mergekit.arithmetic
+    task = arithmetic == "task"  # has bits of its own for α = 0 and −1 too
+    from_original = alpha == -1 and original.plain and not (steered or task)
     source = original if from_original else unlearned
     other: TensorSpec | None = None
     operation: Operation
@@ -163,7 +180,7 @@ def draft(
         operation = "copy" if from_original else "keep"
         other = None if from_original else original
         dtype = source.dtype
-    elif ((alpha == 0 and not steering.add) or from_original) and source.plain:
+    elif ((alpha == 0 and not (steering.add or task)) or from_original) and source.plain:
         operation = _carried(source, dtype)
     else:
         operation, other = "extrapolate", original
@@ -172,7 +189,8 @@ def draft(
     amplified = operation == "extrapolate" and (steered or alpha not in (0, -1))
     if recipe.rounding == "stochastic" and amplified and dtype.name in _BY_CHANCE:
         noise = noise_key(recipe.seed, parameter)
-    return Step(name, operation, alpha, source, other, dtype, 0, nbytes, from_original, noise)
+    step = Step(name, operation, alpha, source, other, dtype, 0, nbytes, from_original, noise)
+    return step if arithmetic == "wider" else step._replace(arithmetic=arithmetic, weight=weight)
 
 
 def _steered(step: Step, recipe: Recipe, further: tuple[Operand, ...], parameter: str) -> Step:

@@ -15,6 +15,8 @@ from uipe_merge.steering import NUMBER, PLAIN, Steering
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from uipe_merge.mergekit_recipe import MergekitRecipe
+
 ALPHA_LIMIT = 2.0**24
 """From here on θᵤ is smaller than the rounding of α·v in float32 and is lost in the sum."""
 
@@ -52,6 +54,8 @@ class Recipe:
         seed: Of the noise that rounds by chance, of a random control and of the search for
             singular vectors.
         steering: What else than α·v goes into the step.
+        mergekit: What a recipe of mergekit says of α, instead of rules and layers; ``alpha`` is
+            then that of a tensor in no layer that no filter matches.
 
     Raises:
         RecipeError: An α is not a finite number, or the layers are in no order.
@@ -70,6 +74,7 @@ class Recipe:
     rounding: Rounding = "nearest"
     seed: int = 0
     steering: Steering = PLAIN
+    mergekit: MergekitRecipe | None = None
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -84,6 +89,11 @@ class Recipe:
         if self.layers and self.gradient:
             raise RecipeError("has both layers and a gradient", remedy="give one of them")
         self._check_choices()
+        if self.mergekit is not None and (self.form == "adapter" or self.steering.active):
+            raise UsageError(
+                "a recipe of mergekit makes a whole model of two, by α alone",
+                remedy="name the two models and give the options instead",
+            )
 
     def _check_choices(self) -> None:
         if self.dtype != "auto" and self.dtype not in OUTPUT_DTYPES:
@@ -130,6 +140,8 @@ class Recipe:
     def alphas(self) -> list[float]:
         """Every α that is named."""
         named = [alpha for _, alpha in (*self.rules, *self.layers)]
+        if self.mergekit is not None:
+            named += self.mergekit.named
         return [self.alpha, *named, *self.gradient]
 
     def rest(self) -> tuple[object, ...]:
@@ -144,7 +156,7 @@ class Recipe:
         Args:
             name: Gives the name to write for a further checkpoint.
         """
-        words = ["--alpha", _exact(self.alpha)]
+        words = ["--alpha", _exact(self.alpha)] if self.mergekit is None else []
         for pattern, alpha in self.rules:
             words += ["--alpha-rule", f"{pattern}={_exact(alpha)}"]
         if self.layers:
@@ -152,7 +164,7 @@ class Recipe:
             words += ["--alpha-layers", ",".join(knots)]
         if self.gradient:
             words += ["--alpha-gradient", ",".join(map(_exact, self.gradient))]
-        if self.dtype != "auto":
+        if self.dtype != "auto" and self.mergekit is None:
             words += ["--dtype", self.dtype]
         if self.max_shard_bytes is not None:
             words += ["--max-shard-size", str(self.max_shard_bytes)]
@@ -180,6 +192,7 @@ class Recipe:
             "rounding": self.rounding,
             "seed": self.seed,
             **self.steering.canonical(),
+            **({} if self.mergekit is None else {"mergekit": self.mergekit.canonical()}),
         }
 
 

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from uipe_merge.errors import RecipeError, UsageError
 from uipe_merge.recipe import Recipe, parse_size
-from uipe_merge.recipe_formats import READERS
+from uipe_merge.recipe_formats import READERS, read_bytes
 from uipe_merge.steering import (
     GRANULARITY,
     MAX_ALPHA,
@@ -45,7 +45,6 @@ from uipe_merge.steering import (
 if TYPE_CHECKING:
     import os
 
-_LARGEST = 1_000_000
 _KEYS = (
     "alpha",
     "alpha_rules",
@@ -84,14 +83,7 @@ def read_recipe(named: str | os.PathLike[str]) -> Recipe:
     if reader is None:
         endings = ", ".join(READERS)
         raise UsageError("is no recipe by its name", file=path, remedy=f"call it {endings}")
-    try:
-        size = path.stat().st_size
-        raw = path.read_bytes() if size <= _LARGEST else b""
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UsageError(reason, file=path, remedy="name a recipe file") from None
-    if size > _LARGEST:
-        raise RecipeError(f"has {size} bytes, more than a recipe may have", file=path)
+    raw = read_bytes(path)
     try:
         return _recipe(reader(raw))
     except (RecipeError, UsageError) as error:

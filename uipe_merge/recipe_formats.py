@@ -11,15 +11,35 @@ import re
 import tomllib
 from typing import TYPE_CHECKING, Any
 
-from uipe_merge.errors import RecipeError
+from uipe_merge.errors import RecipeError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
-_DEEPEST = 8
+_DEEPEST = 10
+_LARGEST = 1_000_000
 _PLAIN = re.compile(
     r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF|nan|NaN|NAN))"
 )
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the content of a recipe file.
+
+    Raises:
+        UsageError: There is no such file, or it cannot be read.
+        RecipeError: It is larger than any recipe.
+    """
+    try:
+        size = path.stat().st_size
+        raw = path.read_bytes() if size <= _LARGEST else b""
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UsageError(reason, file=path, remedy="name a recipe file") from None
+    if size > _LARGEST:
+        raise RecipeError(f"has {size} bytes, more than a recipe may have", file=path)
+    return raw
 
 
 def _from_yaml(raw: bytes) -> object:

@@ -162,8 +162,7 @@ class Cell:
         not finite, neither are the moments; the caller then looks for the place.
         """
         wide, back, step, result = self._views
-        self._backward_step(alpha)
-        torch.sub(wide, step, out=result)
+        self._form(alpha)
         out.copy_(
             result if noise is None else by_chance(result, noise.to(result.device), out.dtype)
         )
@@ -195,8 +194,8 @@ class Cell:
 
         For the error message. Allocates; not for the block loop.
         """
-        self._backward_step(alpha)
-        result = (self._views[0] - self._views[2]).abs()
+        self._form(alpha)
+        result = self._views[3].abs()
         out.copy_(result)
         over = ~torch.isfinite(out.to(result.device).double()) | (
             result > SATURATES.get(out.dtype, math.inf)
@@ -223,6 +222,12 @@ class Cell:
             int(torch.count_nonzero(moved)),
         )
 
+    def _form(self, alpha: float) -> None:
+        """Fill the step buffer, and the result buffer with what is to be rounded."""
+        wide, _, step, result = self._views
+        self._backward_step(alpha)
+        torch.sub(wide, step, out=result)
+
     def _backward_step(self, alpha: float) -> None:
         """Fill the step buffer with −α·v, so that +0 stands where v = 0.
 
@@ -233,3 +238,50 @@ class Cell:
         torch.mul(back, abs(alpha), out=step)
         if alpha < 0:
             step.neg_().add_(0.0)  # −0 + 0 is +0; all else is unchanged
+
+
+class TaskCell(Cell):
+    """θ₀ + w·v with the weight w = 1 + α, by the operations of task arithmetic in their order.
+
+    The same rule from the other end (task arithmetic: arXiv 2212.04089), for results that have the
+    bits of programs that start there. It differs from ``Cell`` by roundings of the working type:
+    where v = 0 it keeps θ₀, but for a −0, which becomes +0; and α = 0 need not give θᵤ.
+
+    Attributes:
+        weight: w, to be set before ``apply``: near 0 it has digits that 1 + α has not.
+    """
+
+    def __init__(self, elements: int, dtype: torch.dtype, device: str = "cpu") -> None:
+        """As ``Cell``, with one more buffer for θ₀."""
+        super().__init__(elements, dtype, device)
+        self.weight = 0.0
+        self._start = torch.empty(elements, dtype=dtype, device=device)
+
+    def load(
+        self,
+        original: torch.Tensor,
+        unlearned: torch.Tensor,
+        changes: Sequence[Change | None] = (None, None),
+    ) -> None:
+        """As ``Cell.load``, keeping θ₀."""
+        super().load(original, unlearned, changes)
+        start = self._start[: original.numel()]
+        start.copy_(original)
+        change = changes[0]
+        if change is not None and change.scale is not None:
+            start.mul_(change.scale.to(start.device))
+        if change is not None and change.delta is not None:
+            start.add_(change.delta.to(start.device))
+
+    def keep(self, unlearned: torch.Tensor, out: torch.Tensor) -> Moments:
+        """Write θ₀ + 0 to ``out``, for a cell whose update is known to be zero."""
+        moments = super().keep(unlearned, out)
+        out.copy_(self._buffers[0][: unlearned.numel()].add_(0.0))
+        return moments
+
+    def _form(self, alpha: float) -> None:
+        _, back, _, result = self._views
+        self._backward_step(alpha)
+        torch.neg(back, out=result)
+        result.mul_(self.weight).add_(0.0)
+        torch.add(self._start[: result.numel()], result, out=result)

@@ -12,18 +12,23 @@ def extrapolate(
     by_chance: bool,
     key: int,
     first: int,
+    arithmetic: int = 0,
+    weight: float = 0.0,
     /,
 ) -> list[tuple[float, ...]]:
     """Fill ``out`` with θᵤ + α·v. A type is ``b"B"`` for bfloat16, ``b"F"`` for float32.
 
     With ``by_chance`` a bfloat16 output is rounded up or down by the noise of ``key``, the
     buffers beginning at element ``first`` of the tensor; see ``arithmetic.noise``.
+    ``arithmetic`` is 0 for one size wider than the output, 1 for float32 whatever the output, and 2
+    for θ₀ + w·v in float32 with the ``weight`` w, as in ``blocks.TaskCell``; that is not rounded by chance.
 
     Returns, for every ``cell`` elements, the five moments of ``blocks.Moments`` and the count
     of v ≠ 0. Where one is not finite, neither need the weights be right.
 
     Raises:
-        ValueError: The buffers hold different numbers of elements, or a type is another.
+        ValueError: The buffers hold different numbers of elements, or a type or the arithmetic
+            is another.
     """
 
 def mix(

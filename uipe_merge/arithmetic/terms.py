@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+Arithmetic = Literal["wider", "single", "task"]
+"""How θᵤ + α·v is formed; see ``blocks``.
+
+``wider``: as it stands, one size wider than the output. ``single``: in float32, whatever the output.
+``task``: as θ₀ + w·v in float32, with the weight w = 1 + α.
+"""
 
 
 class Vector(NamedTuple):

@@ -14,7 +14,18 @@ from typer.core import TyperGroup
 
 from uipe_merge._version import __version__
 from uipe_merge.checkpoint.storage import system_error
-from uipe_merge.cli import collect, demo, evaluate, grid, inspect, lm_eval, merge, search, verify
+from uipe_merge.cli import (
+    collect,
+    demo,
+    evaluate,
+    grid,
+    inspect,
+    lm_eval,
+    merge,
+    mergekit,
+    search,
+    verify,
+)
 from uipe_merge.cli.console import Output
 from uipe_merge.errors import UipeMergeError
 
@@ -62,6 +73,11 @@ app.command(
 )(lm_eval.lm_eval)
 app.command("inspect", short_help="Measure an update before anything is written.")(inspect.inspect)
 app.command("verify", short_help="Hash a written model again.")(verify.verify)
+app.command(
+    "mergekit",
+    short_help="mergekit-yaml, with the merge method uipe.",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(mergekit.mergekit)
 app.command("demo", short_help="The whole way on a tiny pair made on the spot.")(demo.demo)
 
 

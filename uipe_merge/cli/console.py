@@ -57,6 +57,11 @@ class Output:
         """Print a line of data on stdout."""
         self._stdout.print(escape_markup(escape(text)))
 
+    def text(self, text: str) -> None:
+        """Print lines of data on stdout."""
+        for line in text.splitlines():
+            self.line(line)
+
     def note(self, text: str) -> None:
         """Print a line for the reader on stderr."""
         if not self.quiet:

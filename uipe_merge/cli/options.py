@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from uipe_merge.checkpoint.decisions import Decision
+from uipe_merge.mergekit_recipe import Method
 from uipe_merge.recipe import Form, Rounding
 from uipe_merge.steering import Control, Granularity
 
@@ -23,7 +24,26 @@ Unlearned = Annotated[
         metavar="UNLEARNED", help="The unlearned checkpoint θᵤ, likewise; or an adapter."
     ),
 ]
+OriginalOrConfig = Annotated[
+    str,
+    typer.Argument(
+        metavar="ORIGINAL",
+        help="The original checkpoint θ₀: a directory, URL or ORG/NAME@REVISION. "
+        "Or, alone, a recipe of mergekit's: CONFIG.yml.",
+    ),
+]
+UnlearnedIfAny = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="UNLEARNED",
+        help="The unlearned checkpoint θᵤ, likewise; or an adapter.",
+        show_default=False,
+    ),
+]
 OutputPath = Annotated[str, typer.Option("--output", "-o", help="Directory or URL to make.")]
+OutputIfAny = Annotated[
+    str | None, typer.Option("--output", "-o", help="Directory or URL to make.  [required]")
+]
 Alpha = Annotated[
     float | None,
     typer.Option("--alpha", "-a", help="α: 0 is the unlearned model, −1 the original, 2 adds 2·v."),
@@ -48,6 +68,15 @@ Recipe = Annotated[
 ]
 PrintRecipe = Annotated[
     bool, typer.Option("--print-recipe", help="Print the recipe as YAML and end.")
+]
+PrintMergekit = Annotated[
+    bool,
+    typer.Option(
+        "--print-mergekit", help="Print a recipe of mergekit's for the same merge, and end."
+    ),
+]
+MergekitMethod = Annotated[
+    Method, typer.Option(help="Of that recipe; uipe keeps every bit and needs uipe-merge mergekit.")
 ]
 Dtype = Annotated[
     str, typer.Option(help="auto keeps each tensor's; or float32, bfloat16, float16.")

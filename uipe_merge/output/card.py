@@ -32,6 +32,8 @@ _ADAPTER_TEXT = """\
 An adapter on θ₀ = `{0}`: θ₀ + (1 + α)·c·B·A with the factors of `{1}`, whose
 unlearning update is lengthened (UIPE, arXiv 2503.04693) by scaling B alone. In the numbers
 below v and θᵤ of a B are both B itself, so that their ratio is 1. Made by"""
+_MERGEKIT_TEXT = """\
+This command runs a recipe of mergekit's, `merge_method: {}`, which says:"""
 _CACHE = re.compile(r"models--(.+?)--(.+)")
 
 
@@ -118,6 +120,7 @@ def encode_card(
         command,
         "```",
         "",
+        *_recipe_of_mergekit(recipe),
         "| | |",
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in summary.rows()),
@@ -127,6 +130,14 @@ def encode_card(
         "",
     ]
     return "\n".join(lines).encode("utf-8", "backslashreplace")  # paths need not be UTF-8
+
+
+def _recipe_of_mergekit(recipe: Recipe) -> list[str]:
+    """Return the recipe of mergekit's that was run, indented: no text in it ends such a block."""
+    if recipe.mergekit is None:
+        return []
+    lines = (f"    {line}".rstrip() for line in recipe.mergekit.text.splitlines())
+    return [_MERGEKIT_TEXT.format(recipe.mergekit.method), "", *lines, ""]
 
 
 def _plain(value: object) -> bool:
