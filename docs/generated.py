@@ -56,7 +56,9 @@ def _parameters(command: Any, context: Any, kind: str, head: str) -> Iterator[st
         for parameter in command.params
         if parameter.param_type_name == kind
     ]
-    rows = [f"| `{_cell(left)}` | {_cell(_prose(right))} |" for left, right in filter(None, records)]
+    rows = [
+        f"| `{_cell(left)}` | {_cell(_prose(right))} |" for left, right in filter(None, records)
+    ]
     if rows:
         yield "\n".join([f"| {head} | meaning |", "| --- | --- |", *rows, ""])
 
@@ -132,7 +134,11 @@ def _entry(entry: str) -> str:
 
 def _members(one: type) -> Iterator[str]:
     """The public properties and methods of a class."""
-    fields = {field.name for field in dataclasses.fields(one)} if dataclasses.is_dataclass(one) else set()
+    fields = (
+        {field.name for field in dataclasses.fields(one)}
+        if dataclasses.is_dataclass(one)
+        else set()
+    )
     fields |= set(getattr(one, "_fields", ()))
     rows = []
     for name, member in vars(one).items():
@@ -141,7 +147,9 @@ def _members(one: type) -> Iterator[str]:
         if isinstance(member, property):
             rows.append(f"- `{name}`: {_first(member)}")
         elif inspect.isfunction(member):
-            rows.append(f"- `{name}{inspect.signature(member)}`: {_first(member)}".replace("(self)", "()"))
+            rows.append(
+                f"- `{name}{inspect.signature(member)}`: {_first(member)}".replace("(self)", "()")
+            )
     if rows:
         yield "**Also:**\n"
         yield "\n".join(rows) + "\n"

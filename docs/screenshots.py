@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,8 @@ COLUMNS, ROWS = 96, 40
 LAYERS, HIDDEN, INNER, VOCABULARY = 16, 1024, 2816, 32000
 COMMAND = "uipe-merge base unlearned --alpha 2 -o strengthened"
 SOCKET = "uipe-screenshots"
-PERCENT = re.compile(r"(\d+(?:\.\d+)?)/(\d+(?:\.\d+)?) MB")
+DONE = re.compile(r"(\d+(?:\.\d+)?)/(\d+(?:\.\d+)?) MB")
+FROM, TO = 0.4, 0.8
 FONT_FACE = re.compile(r"@font-face\s*\{.*?\}", re.DOTALL)
 WAIT = 120
 """Seconds until a command must have printed what is waited for."""
@@ -78,9 +79,7 @@ def _shards(noise: "torch.Tensor", *, moved: bool) -> Iterator[dict[str, "torch.
     yield {"model.embed_tokens.weight": embedding, "lm_head.weight": head}
 
 
-def _matrix(
-    noise: "torch.Tensor", shape: tuple[int, int], at: int, share: float
-) -> "torch.Tensor":
+def _matrix(noise: "torch.Tensor", shape: tuple[int, int], at: int, share: float) -> "torch.Tensor":
     """Some of the noise as a weight, moved by a share of its norm."""
     elements = shape[0] * shape[1]
     start = at * 4099 % max(1, noise.numel() - elements)
@@ -122,7 +121,7 @@ class Terminal:
         """Remember where the shell is to run."""
         self._directory = directory
 
-    def __enter__(self) -> "Terminal":
+    def __enter__(self) -> Self:
         """Start it, with the programs of this interpreter and a bare prompt."""
         environment = {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -162,8 +161,8 @@ class Terminal:
         """Return the screen when the progress bar is near its middle."""
 
         def half(text: str) -> bool:
-            found = PERCENT.search(text)
-            return found is not None and 0.4 < float(found[1]) / float(found[2]) < 0.8
+            found = DONE.search(text)
+            return found is not None and FROM < float(found[1]) / float(found[2]) < TO
 
         return self._until(half)
 
@@ -192,7 +191,7 @@ def draw(screen: str, target: Path) -> None:
     lines = screen.rstrip().splitlines()
     if lines[-1].strip() == "$":
         del lines[-1]
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         console = Console(
             record=True, width=COLUMNS, file=nowhere, force_terminal=True, color_system="truecolor"
         )
@@ -227,7 +226,7 @@ def main() -> None:
     kinds = parser.add_subparsers(dest="kind", required=True)
     terminal = kinds.add_parser("terminal")
     terminal.add_argument("images", type=Path)
-    terminal.add_argument("--directory", type=Path, default=Path("/tmp/models"))
+    terminal.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir(), "models"))
     report = kinds.add_parser("report")
     report.add_argument("page", type=Path)
     report.add_argument("target", type=Path)

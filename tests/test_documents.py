@@ -177,7 +177,9 @@ def test_every_code_block_says_whether_it_runs(document: str) -> None:
     code = [block for block in read(document) if block.language in CODE]
     silent = [f"{document}:{block.line}: {block.language}" for block in code if not block.mark]
     assert silent == [], "put <!-- run --> or <!-- not run: reason --> above these blocks"
-    unknown = [f"{document}:{b.line}: {b.language}" for b in read(document) if b.language in UNKNOWN]
+    unknown = [
+        f"{document}:{b.line}: {b.language}" for b in read(document) if b.language in UNKNOWN
+    ]
     assert unknown == [], f"name one of {CODE}, or text, above these blocks"
 
 
