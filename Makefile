@@ -99,7 +99,7 @@ extras: $(DEV_OK) ## each extra alone in an environment of its own
 constraints: ## resolve the dependencies anew into constraints.txt
 	@rm -rf $(VENV)-resolve
 	@$(PYTHON) -m venv $(VENV)-resolve
-	$(VENV)-resolve/bin/python -m pip --disable-pip-version-check install -q '.[plot,study,docs,dev]' $(KEEP)
+	$(VENV)-resolve/bin/python -m pip --disable-pip-version-check install -q '.[all,docs,dev]' $(KEEP)
 	@{ grep '^#' constraints.txt; \
 	   $(VENV)-resolve/bin/python -m pip --disable-pip-version-check freeze --exclude uipe-merge \
 	   | sed 's/+[A-Za-z0-9.]*$$//' | grep -v -i -E '^(nvidia|cuda|triton)'; } > constraints.tmp

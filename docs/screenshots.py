@@ -49,7 +49,7 @@ def make_pair(directory: Path) -> None:
     noise = torch.randn(VOCABULARY * HIDDEN, generator=generator)
     for name in ("base", "unlearned"):
         (directory / name).mkdir(parents=True)
-        where = {}
+        where: dict[str, str] = {}
         for number, shard in enumerate(_shards(noise, moved=name == "unlearned"), 1):
             file = f"model-{number:05d}-of-{LAYERS // 4 + 1:05d}.safetensors"
             save_file(shard, directory / name / file, metadata={"format": "pt"})
@@ -167,7 +167,7 @@ class Terminal:
         return self._until(half)
 
     def _until(self, condition: Callable[[str], bool]) -> str:
-        end = time.monotonic() + WAIT
+        end, coloured = time.monotonic() + WAIT, ""
         while time.monotonic() < end:
             coloured = self._tmux("capture-pane", "-e", "-p")
             if condition(re.sub(r"\x1b\[[\d;]*m", "", coloured)):
