@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOT_FOR_USERS = {"dev", "docs"}
 NOWHERE = "http://127.0.0.1:9"
 PAIR = "demo/original demo/unlearned"
+SCORES = "--score s.json:q --score s.json:u --maximize q --subject-to 'u>=0' --per-layer-groups 2"
 # What is run, by extra, after `uipe-merge demo demo`: (exit code, command).
 COMMANDS: dict[str, list[tuple[int, str]]] = {
     "": [(0, "uipe-merge verify demo/merged-1"), (2, f"uipe-merge inspect {PAIR} --plot map.png")],
@@ -31,8 +32,7 @@ COMMANDS: dict[str, list[tuple[int, str]]] = {
         (0, "uipe-merge evaluate demo/merged-1 --forget q.json --retain q.json -o scores"),
         (
             0,
-            f"uipe-merge search {PAIR} -o best --eval 'sh score.sh {{out}}' --score s.json:q "
-            "--score s.json:u --maximize q --subject-to 'u>=0' --per-layer-groups 2 --trials 3",
+            f"uipe-merge search {PAIR} -o best --eval 'sh score.sh {{out}}' {SCORES} --trials 3",
         ),
     ],
     "s3": [(10, "uipe-merge verify s3://bucket/model")],
@@ -100,7 +100,8 @@ def main() -> None:
     for extra in sys.argv[1:] or extras():
         with tempfile.TemporaryDirectory() as directory:
             found = try_extra(extra, Path(directory))
-        print(f"{extra or '(none)'}: {'failed' if found else 'works'}", flush=True)
+        sys.stdout.write(f"{extra or '(none)'}: {'failed' if found else 'works'}\n")
+        sys.stdout.flush()
         problems += found
     sys.exit("\n".join(problems) or 0)
 

@@ -29,7 +29,7 @@ def printed(notebook: Any) -> list[str]:
 def read() -> Any:
     import nbformat
 
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
     nbformat.validate(notebook)
     return notebook
 
@@ -44,7 +44,10 @@ def test_the_notebook_runs_and_prints_what_is_stored(
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook, stored = read(), printed(read())
     client = NotebookClient(
-        notebook, 300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
     )
     client.execute()
     assert printed(notebook) == stored
