@@ -12,7 +12,7 @@ KEEP    ?= torch==2.13.0
 
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install -q
-SOURCES  = $(wildcard uipe_merge tests benchmarks examples)
+SOURCES  = $(wildcard uipe_merge tests benchmarks examples docs)
 
 # Stamps: set-up is repeated only when what it depends on has changed.
 VENV_OK := $(VENV)/.stamp-venv
@@ -24,7 +24,7 @@ BUILT_FROM := pyproject.toml constraints.txt $(wildcard uipe_merge/arithmetic/*.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check lint types format bench kills wheel constraints clean
+.PHONY: help demo test check lint types format docs bench kills wheel extras constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -45,7 +45,7 @@ $(RUN_OK): $(VENV_OK) $(BUILT_FROM)
 
 # Includes all of the above, hence both stamps.
 $(DEV_OK): $(VENV_OK) $(BUILT_FROM)
-	@$(PIP) -c constraints.txt -e '.[plot,study,dev]'
+	@$(PIP) -c constraints.txt -e '.[plot,study,docs,dev]'
 	@touch $(RUN_OK) $@
 
 # ---------------------------------------------------------------------- use
@@ -79,6 +79,9 @@ kills: $(DEV_OK) ## the long fault-injection sweeps
 bench: $(DEV_OK) ## time and memory against mergekit, written to docs/performance.md
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
+docs: $(DEV_OK) ## the site, in site/; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 # ------------------------------------------------------------------ release
 
 wheel: $(DEV_OK) ## sdist and wheel in dist/, checked
@@ -86,13 +89,17 @@ wheel: $(DEV_OK) ## sdist and wheel in dist/, checked
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/twine check --strict dist/*
 
+# Downloads all of it for each: minutes, and gigabytes of disk for one at a time.
+extras: $(DEV_OK) ## each extra alone in an environment of its own
+	$(BIN)/python tests/extras_alone.py $(ARGS)
+
 # From ranges to the newest set that satisfies them; run `make check` before keeping it.
 # torch moves on purpose only (KEEP=): the published figures were measured with this one.
 # Local labels (+cpu) and the CUDA libraries, which torch pins itself, depend on the machine.
 constraints: ## resolve the dependencies anew into constraints.txt
 	@rm -rf $(VENV)-resolve
 	@$(PYTHON) -m venv $(VENV)-resolve
-	$(VENV)-resolve/bin/python -m pip --disable-pip-version-check install -q '.[plot,study,dev]' $(KEEP)
+	$(VENV)-resolve/bin/python -m pip --disable-pip-version-check install -q '.[all,docs,dev]' $(KEEP)
 	@{ grep '^#' constraints.txt; \
 	   $(VENV)-resolve/bin/python -m pip --disable-pip-version-check freeze --exclude uipe-merge \
 	   | sed 's/+[A-Za-z0-9.]*$$//' | grep -v -i -E '^(nvidia|cuda|triton)'; } > constraints.tmp
@@ -100,5 +107,5 @@ constraints: ## resolve the dependencies anew into constraints.txt
 	@rm -rf $(VENV)-resolve
 
 clean: ## remove the environment, builds and caches
-	rm -rf $(VENV) $(VENV)-resolve dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-resolve dist build site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

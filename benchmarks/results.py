@@ -143,7 +143,7 @@ def page(
     parts += [
         tables(findings) + "\n",
         HOW,
-        f"## Again\n\n```\n{command}\n```\n",
+        f"## Again\n\n<!-- not run: it takes long -->\n```bash\n{command}\n```\n",
         "## Machine\n\n" + table([["what", "value"], *machine]) + "\n",
     ]
     return "\n".join(parts)

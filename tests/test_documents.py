@@ -3,7 +3,10 @@
 Each ```bash, ```python and ```console block is preceded by a comment, which no renderer shows:
 
     <!-- run -->                     run it; a ```text block right after it is its output
+    <!-- run: exit 5 -->             the same, and it has to fail with this exit code
     <!-- not run: the reason -->     leave it alone
+
+README.md and every page of docs/ are held to it; a block there always names its language.
 
 In a ```console block the lines starting with `$ ` are commands and the rest is their output. A
 ```yaml block that is run is written to the file that its first line names. The directory holds a
@@ -13,6 +16,7 @@ appear in what was printed, where `…` stands for anything, and so do durations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,11 +26,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ["README.md", "docs/steering.md", "docs/choosing.md", "docs/mergekit.md"]
+DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 FURTHER = ["related", "repaired", "forget-tuned", "retain-tuned"]
 CODE = {"bash", "console", "python"}
-OUTPUT = {"", "text", "json"}
-MARK = re.compile(r"<!--\s*(run|not run:\s*(?P<reason>\S.*?))\s*-->")
+UNKNOWN = {"", "sh", "shell", "zsh", "py", "pycon", "ipython", "sh-session"}
+OUTPUT = {"text", "json"}
+MARK = re.compile(r"<!--\s*(run|run: exit (?P<exit>\d+)|not run:\s*(?P<reason>\S.*?))\s*-->")
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # What differs from one machine to the next; a rate is tried before the duration inside it.
 VOLATILE = re.compile(
@@ -52,7 +57,11 @@ class Block:
 
     @property
     def runs(self) -> bool:
-        return self.mark == "run"
+        return self.mark.startswith("run")
+
+    @property
+    def exit_code(self) -> int:
+        return int(self.mark.removeprefix("run: exit ")) if self.mark != "run" else 0
 
 
 def blocks_of(markdown: str) -> Iterator[Block]:
@@ -152,6 +161,13 @@ def make_pair(directory: Path) -> None:
         model.save_pretrained(directory / name)
 
 
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models")
+    make_pair(directory)
+    return directory
+
+
 def read(document: str) -> list[Block]:
     return list(blocks_of((ROOT / document).read_text(encoding="utf-8")))
 
@@ -161,16 +177,26 @@ def test_every_code_block_says_whether_it_runs(document: str) -> None:
     code = [block for block in read(document) if block.language in CODE]
     silent = [f"{document}:{block.line}: {block.language}" for block in code if not block.mark]
     assert silent == [], "put <!-- run --> or <!-- not run: reason --> above these blocks"
-    assert {"bash", "console"} & {block.language for block in code if block.runs}
+    unknown = [
+        f"{document}:{b.line}: {b.language}" for b in read(document) if b.language in UNKNOWN
+    ]
+    assert unknown == [], f"name one of {CODE}, or text, above these blocks"
+
+
+def test_the_readme_shows_a_session_and_a_script() -> None:
+    assert {block.language for block in read("README.md") if block.runs} >= CODE
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_the_blocks_run_and_print_what_is_shown(document: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "document", [document for document in DOCUMENTS if any(block.runs for block in read(document))]
+)
+def test_the_blocks_run_and_print_what_is_shown(
+    document: str, models: Path, tmp_path: Path
+) -> None:
     home, work = tmp_path / "home", tmp_path / "work"
     home.mkdir()
-    work.mkdir()
-    make_pair(work)
+    shutil.copytree(models, work)
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "HOME": str(home),
@@ -196,7 +222,7 @@ def test_the_blocks_run_and_print_what_is_shown(document: str, tmp_path: Path) -
             timeout=300,
         )
         printed = f"{document}:{block.line} printed\n{done.stdout}"
-        assert done.returncode == 0, printed
+        assert done.returncode == block.exit_code, printed
         assert missing_lines(shown, done.stdout) == [], printed
 
 
@@ -217,7 +243,7 @@ x
 ```text
 y
 ```
-<!-- run -->
+<!-- run: exit 3 -->
 ```bash
 echo done in 2 s
 ```
@@ -229,7 +255,8 @@ done in 9 s
 
 def test_blocks_are_read_with_their_marks() -> None:
     found = list(blocks_of(SAMPLE))
-    assert [block.mark for block in found] == ["run", "not run: needs a GPU", "", "run", ""]
+    assert [block.mark for block in found] == ["run", "not run: needs a GPU", "", "run: exit 3", ""]
+    assert [block.exit_code for block in found if block.runs] == [0, 3]
     assert [(code, shown) for _, code, shown in steps_of(found)] == [
         ("echo a \\\n  b", "a b"),
         ("echo done in 2 s", "done in 9 s"),
