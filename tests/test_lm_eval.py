@@ -353,10 +353,10 @@ def test_errors_of_lm_eval_are_its_own(world: World) -> None:
 
 @needs_lm_eval
 def test_a_name_fits_a_directory() -> None:
-    from uipe_merge.integrations.lm_eval import name_of
+    from uipe_merge.integrations.lm_eval_arguments import name_of
 
-    long = {"original": "a/" + "b" * 300, "unlearned": "s3://c/d", "recipe": "x/steps.yaml"}
-    assert name_of(long) == f"uipe-{'b' * 60}-d-steps.yaml"
+    long = {"original": "a/" + "α" * 300, "unlearned": "s3://c/d", "recipe": "x/steps.yaml"}
+    assert name_of(long) == f"uipe-{'α' * 30}-d-steps.yaml"
     assert (
         name_of({"original": ".", "unlearned": "u", "alpha": 0.5})
         == f"uipe-{Path.cwd().name}-u-alpha-0.5"
