@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 import traceback
@@ -58,12 +59,13 @@ def lm_eval(ctx: typer.Context) -> int:
         with _command_line(["lm-eval", *ctx.args]):
             harness = HarnessCLI()
             asked = harness.parse_args()
-        from uipe_merge.integrations import lm_eval as integration  # registers the type
+        from uipe_merge.integrations import lm_eval_arguments
 
+        importlib.import_module("uipe_merge.integrations.lm_eval")  # registers the type
         arguments = getattr(asked, "model_args", None)
-        if getattr(asked, "model", None) == integration.NAME and isinstance(arguments, dict):
-            integration.check(**arguments)  # before lm_eval reads thousands of tasks
-            arguments.setdefault("model", integration.name_of(arguments))
+        if getattr(asked, "model", None) == lm_eval_arguments.NAME and isinstance(arguments, dict):
+            lm_eval_arguments.check(**arguments)  # before lm_eval reads thousands of tasks
+            arguments.setdefault("model", lm_eval_arguments.name_of(arguments))
         harness.execute(asked)
     except UipeMergeError:
         raise
