@@ -78,16 +78,18 @@ def test_shards_come_first_the_manifest_last_and_the_name_when_all_is_on_the_dis
     ]
 
 
+@pytest.mark.found("the journal could be gone while what it is about was still there")
 def test_overwriting_exchanges_and_removes_the_old_model_after_the_new_name_is_durable(
     merge: Merge,
 ) -> None:
     merge.run()
     fake = FailingFileSystem(merge.root)
     merge.run(fake, overwrite=True)
-    assert list(map(str, fake.calls))[-4:] == [
+    assert list(map(str, fake.calls))[-5:] == [
         f"exchange {MODEL} out",
         "sync_directory .",
         f"remove_tree {MODEL}",
+        f"sync_directory {PARTIAL}",
         f"remove {PARTIAL}/journal",
     ]
 

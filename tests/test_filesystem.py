@@ -196,6 +196,30 @@ class TestLocalFileSystem(FileSystemContract):
         monkeypatch.setattr(linux, "exchange", lambda one, two: False)
         self.test_exchange_swaps(filesystem, tmp_path)
 
+    @pytest.mark.found("of three renames the last could be on the disk without the second")
+    def test_exchange_by_renames_syncs_each_before_the_next(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls = []
+
+        class Logged(LocalFileSystem):
+            def rename(self, source: Path, target: Path) -> None:
+                calls.append(f"{source.name} → {target.name}")
+                super().rename(source, target)
+
+            def sync_directory(self, path: Path) -> None:
+                calls.append(path.name)
+                super().sync_directory(path)
+
+        monkeypatch.setattr(linux, "exchange", lambda one, two: False)
+        tree(tmp_path / "partial")
+        tree(tmp_path / "partial" / "model", f=b"new")
+        tree(tmp_path / "out", g=b"old")
+        Logged().exchange(tmp_path / "partial" / "model", tmp_path / "out")
+        top = tmp_path.name
+        renames = ["out → model.old", top, "partial", "model → out", top, "model.old → model"]
+        assert calls == renames
+
     def test_a_write_that_the_system_cuts_short_is_gone_on_with(
         self, filesystem: FileSystem, tmp_path: Path
     ) -> None:

@@ -342,6 +342,27 @@ class TestWhatAReaderFound:
             "uipe-2",
         }
 
+    @pytest.mark.found("a grid that was killed between two publications was refused ever after")
+    @pytest.mark.parametrize("locked", [True, False])
+    def test_what_a_kill_leaves_of_a_variant_that_is_done_is_no_obstacle(
+        self, tmp_path: Path, locked: bool
+    ) -> None:
+        write_pair(tmp_path)
+        make(tmp_path)
+        whole = contents(tmp_path / "grid")
+        partial = tmp_path / "grid" / ".uipe-2.uipe-partial"
+        partial.mkdir()
+        if locked:
+            (partial / "lock").write_bytes(b"{}")
+        before = sorted(partial.iterdir())
+        words = ("grid", tmp_path / "original", tmp_path / "unlearned", "--alphas", "2,0,0.5,-1")
+        done = run_here(*words, "-o", tmp_path / "grid", "--dry-run")
+        assert done.code == 0, done
+        assert sorted(partial.iterdir()) == before
+        make(tmp_path)
+        assert contents(tmp_path / "grid") == whole
+        assert not partial.exists()
+
     def test_the_document_keeps_what_is_there_and_says_nothing_that_was_refused(
         self, tmp_path: Path
     ) -> None:
