@@ -210,7 +210,7 @@ def pair(root: Path, disk: Path, shards: int = 2) -> Merge:
 
 
 SCENARIOS: dict[str, Callable[[Path, Path], Scenario]] = {
-    "fresh": lambda *at: Scenario(pair(*at, shards=3)),
+    "fresh": lambda root, disk: Scenario(pair(root, disk, shards=3)),
     "overwrite": lambda *at: Scenario(pair(*at), replaced, overwrite=True),
     "overwrite by renames": lambda *at: Scenario(
         pair(*at), replaced, overwrite=True, exchanges=False

@@ -196,6 +196,28 @@ class TestLocalFileSystem(FileSystemContract):
         monkeypatch.setattr(linux, "exchange", lambda one, two: False)
         self.test_exchange_swaps(filesystem, tmp_path)
 
+    def test_what_is_to_be_durable_is_synced(
+        self, filesystem: FileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """No power fails in this test, so it looks for the system call itself."""
+        synced: list[str] = []
+        sync = os.fsync
+
+        def fsync(descriptor: int) -> None:
+            synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+            sync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        file = filesystem.create(tmp_path / "shard")
+        file.write_at(b"x", 0)
+        assert synced == []
+        file.sync()
+        file.close()
+        filesystem.append(tmp_path / "journal", b"line")
+        filesystem.sync_directory(tmp_path)
+        write_document(filesystem, tmp_path / "config", b"{}")
+        assert synced == ["shard", "journal", tmp_path.name, "config"]
+
     @pytest.mark.found("of three renames the last could be on the disk without the second")
     def test_exchange_by_renames_syncs_each_before_the_next(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -125,7 +125,9 @@ def _write(path: Path) -> int:
     try:
         with suppress(OSError):  # a file system without flock: the identity has to do
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.write(descriptor, json.dumps(_identity()).encode())
+        identity = json.dumps(_identity()).encode()
+        while identity:
+            identity = identity[os.write(descriptor, identity) :]
     except BaseException:
         os.close(descriptor)
         with suppress(OSError):
