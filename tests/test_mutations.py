@@ -25,7 +25,7 @@ OTHERS = [
     *("test_durable.py", "test_filesystem.py", "test_journal.py", "test_lock.py"),
     *("test_verify.py", "test_faults.py", "test_concurrency.py"),
 ]
-_FAILED = re.compile(r"^(?:FAILED|ERROR) tests/\S+?::(\S+)", re.MULTILINE)
+_FAILED = re.compile(r"^(?:FAILED|ERROR) \S+?::(\S+)", re.MULTILINE)
 
 
 class Edit(NamedTuple):
