@@ -327,6 +327,7 @@ PROCESS = {
     "errors of the system, short writes, interrupted calls": [
         *_of("sweep", "test_error_of_every_system_call_is_one_line_and_can_be_continued"),
         *_of("faults", "test_a_short_write_at_every_call_is_gone_on_with"),
+        *_of("durable", "test_a_shard_of_another_size_than_planned_is_never_given_its_name"),
         *_of("faults", "test_a_failing_call_under_several_threads_ends_all_of_them"),
         *_of(
             "filesystem",

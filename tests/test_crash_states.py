@@ -275,7 +275,7 @@ def test_every_state_of_a_power_cut_is_gone_on_from(
 ) -> None:
     case = scenario(memory, name)
     states = case.states(seed)
-    found = check(case, states, seed, rerun=3000)
+    found = check(case, states, seed, rerun=1500)
     record_property("cases", len(states))
     assert found == {"complete", "old" if case.overwrite else "absent"} | (
         set() if case.exchanges else {"absent"}
@@ -285,7 +285,7 @@ def test_every_state_of_a_power_cut_is_gone_on_from(
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_power_cut_after_power_cut(memory: Path, name: str, record_property: Record) -> None:
-    again(memory, name, first=25, second=300, rerun=30, record=record_property)
+    again(memory, name, first=15, second=300, rerun=30, record=record_property)
 
 
 def again(memory: Path, name: str, *, first: int, second: int, rerun: int, record: Record) -> None:

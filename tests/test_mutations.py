@@ -1,7 +1,7 @@
 """Faults planted in the durable write: the suites have to see every one of them.
 
-Each is made in a copy of the package, and the suites are run on the copy, the twin's by
-themselves and the others by themselves. Where the suites pass, the test fails.
+Each is made in a copy of the package, and a suite that should see it is run on the copy: one of
+the twin's scenarios, a file of other tests, or both. Where one passes, this test fails.
 """
 
 import os
@@ -20,11 +20,6 @@ import uipe_merge
 pytestmark = [pytest.mark.sweep, pytest.mark.timeout(1800)]
 
 TESTS = Path(__file__).parent
-TWIN = ["test_crash_states.py"]
-OTHERS = [
-    *("test_durable.py", "test_filesystem.py", "test_journal.py", "test_lock.py"),
-    *("test_verify.py", "test_faults.py", "test_concurrency.py"),
-]
 _FAILED = re.compile(r"^(?:FAILED|ERROR) \S+?::(\S+)", re.MULTILINE)
 
 
@@ -41,11 +36,13 @@ class Fault(NamedTuple):
 
     Attributes:
         edits: How it is planted.
-        twin: Whether the twin's states must show it; of the others they cannot know.
+        suite: The other tests that must see it.
+        twin: The scenario whose states must show it; the others leave no state that is wrong.
     """
 
     edits: list[Edit]
-    twin: bool
+    suite: str
+    twin: str = ""
 
 
 SYNC, RENAME, NAMES = (
@@ -63,10 +60,13 @@ MANIFEST = (
 )
 
 FAULTS = {
-    "fsync of a shard dropped": Fault([Edit("output/shard", SYNC, "")], twin=True),
-    "name of a shard not synced": Fault([Edit("output/shard", NAMES, "")], twin=False),
+    "fsync of a shard dropped": Fault(
+        [Edit("output/shard", SYNC, "")], suite="durable", twin="fresh"
+    ),
+    "name of a shard not synced": Fault([Edit("output/shard", NAMES, "")], suite="durable"),
     "rename before fsync": Fault(
-        [Edit("output/shard", SYNC + CLOSE, RENAME + SYNC + "        self.close()\n")], twin=False
+        [Edit("output/shard", SYNC + CLOSE, RENAME + SYNC + "        self.close()\n")],
+        suite="durable",
     ),
     "journal before data": Fault(
         [
@@ -81,7 +81,8 @@ FAULTS = {
 """,
             ),
         ],
-        twin=True,
+        suite="durable",
+        twin="fresh",
     ),
     "hash not checked on resume": Fault(
         [
@@ -91,7 +92,7 @@ FAULTS = {
                 "if hash_file(self.model / name) is not None",
             )
         ],
-        twin=False,
+        suite="journal",
     ),
     "manifest before the rest": Fault(
         [
@@ -111,7 +112,7 @@ FAULTS = {
 """,
             ),
         ],
-        twin=False,
+        suite="durable",
     ),
     "sidecars, index and manifest not synced": Fault(
         [
@@ -121,11 +122,13 @@ FAULTS = {
                 "        file.write_at(data, 0)\n",
             )
         ],
-        twin=True,
+        suite="durable",
+        twin="fresh",
     ),
     "names of the model not synced before it is published": Fault(
         [Edit("output/staging", "        self._filesystem.sync_directory(self.model)\n", "")],
-        twin=True,
+        suite="durable",
+        twin="fresh",
     ),
     "run forgotten before the published name is durable": Fault(
         [
@@ -135,9 +138,9 @@ FAULTS = {
                 "        self.clean()",
             )
         ],
-        twin=False,
+        suite="durable",
     ),
-    "journal removed first": Fault(
+    "journal gone before what it is about": Fault(
         [
             Edit(
                 "output/staging",
@@ -145,7 +148,8 @@ FAULTS = {
                 "",
             )
         ],
-        twin=True,
+        suite="durable",
+        twin="low rank",
     ),
     "published over what is there": Fault(
         [
@@ -157,7 +161,7 @@ FAULTS = {
 """,
             )
         ],
-        twin=False,
+        suite="concurrency",
     ),
     "replaced by removing and renaming": Fault(
         [
@@ -169,7 +173,8 @@ FAULTS = {
 """,
             )
         ],
-        twin=True,
+        suite="durable",
+        twin="overwrite",
     ),
     "exchange by renames without a sync between them": Fault(
         [
@@ -181,7 +186,8 @@ FAULTS = {
                 "            self.rename(one, two)\n",
             )
         ],
-        twin=True,
+        suite="filesystem",
+        twin="overwrite by renames",
     ),
     "lock ignored": Fault(
         [
@@ -193,15 +199,15 @@ FAULTS = {
 """,
             )
         ],
-        twin=False,
+        suite="lock",
     ),
     "short write unnoticed": Fault(
         [Edit("output/filesystem", "            while done < len(view):", "            if view:")],
-        twin=False,
+        suite="filesystem",
     ),
     "size not checked": Fault(
         [Edit("output/shard", "if not written == self._position == size:", "if size < 0:")],
-        twin=False,
+        suite="durable",
     ),
     "error of close swallowed": Fault(
         [
@@ -216,7 +222,7 @@ FAULTS = {
                 + RENAME,
             )
         ],
-        twin=False,
+        suite="faults",
     ),
     "fsync of the system not called": Fault(
         [
@@ -226,7 +232,7 @@ FAULTS = {
                 "            pass\n",
             )
         ],
-        twin=False,
+        suite="filesystem",
     ),
     "journal line not synced": Fault(
         [
@@ -238,14 +244,14 @@ FAULTS = {
                 "                    view = view[os.write(descriptor, view) :]\n",
             )
         ],
-        twin=False,
+        suite="filesystem",
     ),
     "torn journal line believed": Fault(
         [
             Edit("output/journal", 'raw.split(b"\\n")[:-1]:', 'filter(None, raw.split(b"\\n")):'),
             Edit("output/journal", "if crc != ", "if len(crc) != 8 and crc != "),
         ],
-        twin=False,
+        suite="journal",
     ),
     "another command's run gone on with": Fault(
         [
@@ -255,7 +261,7 @@ FAULTS = {
                 "        if previous is not None and not identity:\n",
             )
         ],
-        twin=False,
+        suite="journal",
     ),
 }
 
@@ -273,14 +279,14 @@ def planted(root: Path, fault: Fault) -> Path:
     return root
 
 
-def caught_by(root: Path, suites: list[str]) -> str | None:
-    """Run suites on the package at ``root``; return the first test that fails."""
+def caught_by(root: Path, *suite: str) -> str | None:
+    """Run tests on the package at ``root``; return the first that fails."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"),
             *("--rootdir", str(TESTS.parent), "-c", str(TESTS.parent / "pyproject.toml")),
             *("--tb", "no", "-o", "addopts=--import-mode=importlib -ra -m 'not sweep'"),
-            *(str(TESTS / suite) for suite in suites),
+            *suite,
         ],
         cwd=root,
         capture_output=True,
@@ -294,12 +300,12 @@ def caught_by(root: Path, suites: list[str]) -> str | None:
 
 
 def test_the_copy_is_what_is_tested_and_without_a_fault_it_passes(tmp_path: Path) -> None:
-    root = planted(tmp_path, Fault([], twin=False))
+    root = planted(tmp_path, Fault([], suite="durable"))
     words = [sys.executable, "-c", "import uipe_merge; print(uipe_merge.__file__)"]
     env = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(words, cwd=root, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(root / "uipe_merge" / "__init__.py")
-    assert caught_by(root, TWIN + OTHERS) is None
+    assert caught_by(root, str(TESTS / "test_durable.py")) is None
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -308,7 +314,11 @@ def test_a_planted_fault_is_caught(
 ) -> None:
     fault = FAULTS[name]
     root = planted(tmp_path, fault)
-    others, twin = caught_by(root, OTHERS), caught_by(root, TWIN)
-    record_property("mutation", [name, twin or "", others or ""])
-    assert others is not None or twin is not None, "no suite sees it"
-    assert twin is not None or not fault.twin, "the states of the twin do not show it"
+    twin = None
+    if fault.twin:
+        states = "test_hazard_every_state_of_a_power_cut_keeps_the_promise"
+        twin = caught_by(root, f"{TESTS / 'test_crash_states.py'}::{states}[{fault.twin}]")
+        assert twin is not None, "the states of the twin do not show it"
+    other = caught_by(root, str(TESTS / f"test_{fault.suite}.py"))
+    assert other is not None, "no test sees it"
+    record_property("mutation", [name, twin or "", other])
