@@ -24,7 +24,7 @@ BUILT_FROM := pyproject.toml constraints.txt $(wildcard uipe_merge/arithmetic/*.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check lint types format docs bench kills wheel extras constraints clean
+.PHONY: help demo test check lint types format docs bench faults wheel extras constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -72,9 +72,10 @@ format: $(DEV_OK) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-kills: $(DEV_OK) ## the long fault-injection sweeps
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m sweep -n $(WORKERS) --dist worksteal \
-	  --timeout 3600 $(ARGS)
+# ARGS="--hazard-table docs/faults.md" writes down what was counted.
+faults: $(DEV_OK) ## every hazard, and the long fault-injection sweeps; the counts as a table
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "sweep or not sweep" --hazards \
+	  -n $(WORKERS) --dist worksteal --timeout 3600 $(ARGS)
 
 bench: $(DEV_OK) ## time and memory against mergekit, written to docs/performance.md
 	$(BIN)/python benchmarks/run.py $(ARGS)

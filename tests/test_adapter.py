@@ -191,6 +191,7 @@ def test_alpha_0_is_the_merged_adapter_and_minus_1_the_base(
         )
 
 
+@pytest.mark.found("α = −1 with an adapter on ORIGINAL alone gave the unlearned model")
 def test_alpha_minus_1_is_the_original_with_its_adapter(tmp_path: Path, family: Path) -> None:
     base, tuned, whole = family / "base", family / "tuned", tmp_path / "whole"
     LlamaForCausalLM.from_pretrained(base).save_pretrained(whole)

@@ -1,9 +1,12 @@
 """What every failing call of the durable write leaves behind, and that a rerun mends it."""
 
 import itertools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 from fakes_output import Call, FailingFileSystem, Manner, Result
@@ -42,7 +45,10 @@ def run_with_fault(merge: Merge, fake: FailingFileSystem, *, overwrite: bool = F
 @pytest.mark.parametrize("manner", ["before", "after", "onwards"])
 @pytest.mark.parametrize("overwrite", [False, True], ids=["fresh", "overwrite"])
 def test_any_call_may_fail_and_the_rerun_makes_the_same_bytes(
-    memory: Path, manner: Manner, overwrite: bool
+    memory: Path,
+    manner: Manner,
+    overwrite: bool,
+    record_property: Callable[[str, object], None],
 ) -> None:
     old_merge = Merge(memory, alpha=-1.0, shards=2).write_inputs()
     merge = Merge(memory, shards=2)
@@ -62,9 +68,36 @@ def test_any_call_may_fail_and_the_rerun_makes_the_same_bytes(
         seen.add(merge.state(complete, old))
         assert merge.left_over() in ([], [PARTIAL])
         merge.mend(complete, overwrite=overwrite)
+    record_property("cases", number)
     assert number > 70, "the run survived too early"
     assert seen == {"complete", "old" if overwrite else "absent"}
     assert [contents(path) for path in merge.inputs] == inputs
+
+
+@pytest.mark.parametrize("call", ["write", "pwrite"])
+def test_a_short_write_at_every_call_is_gone_on_with(
+    memory: Path, call: str, record_property: Callable[[str, object], None]
+) -> None:
+    merge = Merge(memory, shards=2).write_inputs()
+    complete = merge.undisturbed()
+    system = getattr(os, call)
+    for number in itertools.count(1):
+        calls = itertools.count(1)
+
+        def cut(
+            file: int, data: memoryview, *at: int, calls: Iterator[int] = calls, fault: int = number
+        ) -> Any:
+            cut_short = next(calls) == fault and len(data) > 1
+            return system(file, memoryview(data)[: len(data) // 2] if cut_short else data, *at)
+
+        with patch.object(os, call, cut):
+            merge.run()
+        assert merge.state(complete) == "complete"
+        merge.clear()
+        if next(calls) <= number:
+            break
+    record_property("cases", number)
+    assert number > 4
 
 
 def test_a_failing_call_under_several_threads_ends_all_of_them(memory: Path) -> None:

@@ -196,6 +196,52 @@ class TestLocalFileSystem(FileSystemContract):
         monkeypatch.setattr(linux, "exchange", lambda one, two: False)
         self.test_exchange_swaps(filesystem, tmp_path)
 
+    def test_what_is_to_be_durable_is_synced(
+        self, filesystem: FileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """No power fails in this test, so it looks for the system call itself."""
+        synced: list[str] = []
+        sync = os.fsync
+
+        def fsync(descriptor: int) -> None:
+            synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+            sync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        file = filesystem.create(tmp_path / "shard")
+        file.write_at(b"x", 0)
+        assert synced == []
+        file.sync()
+        file.close()
+        filesystem.append(tmp_path / "journal", b"line")
+        filesystem.sync_directory(tmp_path)
+        write_document(filesystem, tmp_path / "config", b"{}")
+        assert synced == ["shard", "journal", tmp_path.name, "config"]
+
+    @pytest.mark.found("of three renames the last could be on the disk without the second")
+    def test_exchange_by_renames_syncs_each_before_the_next(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls = []
+
+        class Logged(LocalFileSystem):
+            def rename(self, source: Path, target: Path) -> None:
+                calls.append(f"{source.name} → {target.name}")
+                super().rename(source, target)
+
+            def sync_directory(self, path: Path) -> None:
+                calls.append(path.name)
+                super().sync_directory(path)
+
+        monkeypatch.setattr(linux, "exchange", lambda one, two: False)
+        tree(tmp_path / "partial")
+        tree(tmp_path / "partial" / "model", f=b"new")
+        tree(tmp_path / "out", g=b"old")
+        Logged().exchange(tmp_path / "partial" / "model", tmp_path / "out")
+        top = tmp_path.name
+        renames = ["out → model.old", top, "partial", "model → out", top, "model.old → model"]
+        assert calls == renames
+
     def test_a_write_that_the_system_cuts_short_is_gone_on_with(
         self, filesystem: FileSystem, tmp_path: Path
     ) -> None:

@@ -306,11 +306,13 @@ class TestScripts:
 class TestWhatAReaderFound:
     """Each of these went wrong once."""
 
+    @pytest.mark.found("a control alone had no groups of its own")
     def test_a_control_alone_has_groups_of_its_own(self, tmp_path: Path) -> None:
         write_pair(tmp_path)
         make(tmp_path, "--control", "random", "--granularity", "tensor", alphas="1")
         assert listed(tmp_path).keys() == {"uipe-1", "control-1"}
 
+    @pytest.mark.found("references were asked for of adapters, which have no original")
     def test_adapters_have_no_original_to_refer_to(self, tmp_path: Path) -> None:
         family = Family(tmp_path)
         words = ("grid", family.base, family.adapter, "--alphas=-1,1", "--as", "adapter")
@@ -319,6 +321,7 @@ class TestWhatAReaderFound:
         names = [each["name"] for each in json.loads(done.out)["variants"]]
         assert names == ["reference-unlearned", "uipe-minus1", "uipe-1"]
 
+    @pytest.mark.found("a variant that was published and not cleaned up was never cleaned up")
     def test_what_was_published_and_not_cleaned_up_is_cleaned_up(self, tmp_path: Path) -> None:
         pair = write_pair(tmp_path)
         uipe_merge.grid(*pair, tmp_path / "grid", [1.0, 2.0], progress=False)
@@ -342,6 +345,28 @@ class TestWhatAReaderFound:
             "uipe-2",
         }
 
+    @pytest.mark.found("a grid that was killed between two publications was refused ever after")
+    @pytest.mark.parametrize("locked", [True, False])
+    def test_what_a_kill_leaves_of_a_variant_that_is_done_is_no_obstacle(
+        self, tmp_path: Path, locked: bool
+    ) -> None:
+        write_pair(tmp_path)
+        make(tmp_path)
+        whole = contents(tmp_path / "grid")
+        partial = tmp_path / "grid" / ".uipe-2.uipe-partial"
+        partial.mkdir()
+        if locked:
+            (partial / "lock").write_bytes(b"{}")
+        before = sorted(partial.iterdir())
+        words = ("grid", tmp_path / "original", tmp_path / "unlearned", "--alphas", "2,0,0.5,-1")
+        done = run_here(*words, "-o", tmp_path / "grid", "--dry-run")
+        assert done.code == 0, done
+        assert sorted(partial.iterdir()) == before
+        make(tmp_path)
+        assert contents(tmp_path / "grid") == whole
+        assert not partial.exists()
+
+    @pytest.mark.found("grid.json named what was refused and forgot what was there")
     def test_the_document_keeps_what_is_there_and_says_nothing_that_was_refused(
         self, tmp_path: Path
     ) -> None:
@@ -354,6 +379,7 @@ class TestWhatAReaderFound:
         make(tmp_path, alphas="4")
         assert listed(tmp_path).keys() == {"uipe-1", "uipe-2", "uipe-4"}
 
+    @pytest.mark.found("a damaged variant was taken for one that is made")
     def test_a_damaged_variant_is_not_taken_for_made(self, tmp_path: Path) -> None:
         write_pair(tmp_path, shards=2)
         make(tmp_path, alphas="1,2")
@@ -369,6 +395,7 @@ class TestWhatAReaderFound:
         make(tmp_path, "--overwrite", alphas="1,2")
         assert run_here("verify", tmp_path / "grid" / "uipe-2").code == 0
 
+    @pytest.mark.found("more models were begun than files may be open")
     def test_more_models_than_files_may_be_open(self, tmp_path: Path) -> None:
         write_pair(tmp_path)
         words = ("grid", tmp_path / "original", tmp_path / "unlearned", "-o", tmp_path / "grid")
@@ -391,6 +418,7 @@ class TestWhatAReaderFound:
         assert f"{tmp_path}/logs.json" in (tmp_path / "grid" / "evaluate.sh").read_text()
         assert_refused(run_here(*words, *out), 2, "--retain-logs", "--eval")
 
+    @pytest.mark.found("a dry run did not see an unfinished run of another command")
     def test_a_dry_run_sees_an_unfinished_run(self, tmp_path: Path) -> None:
         write_pair(tmp_path)
         words = ("grid", tmp_path / "original", tmp_path / "unlearned", "--alphas", "1")
@@ -405,6 +433,7 @@ class TestWhatAReaderFound:
             refused = run_here(*words, "-o", tmp_path / "grid", "--dtype", "float32", *extra)
             assert_refused(refused, 8, "unfinished run", "dtype")
 
+    @pytest.mark.found("what was measured of another checkpoint with the same stamps was used")
     def test_another_checkpoint_with_the_same_stamps_is_measured_anew(self, tmp_path: Path) -> None:
         """Files of one size and time, as archives unpack them, in two directories."""
         pair = write_pair(tmp_path, shards=2)

@@ -4,10 +4,12 @@ import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,8 @@ from helpers import (
     run_here,
     write_checkpoint,
 )
+
+import uipe_merge
 
 FLAG = "--allow-pickle"
 
@@ -270,3 +274,15 @@ def test_hazard_legacy_non_zip_and_truncated(tmp_path: Path, original: Path) -> 
     result = run_here(original, cut, "--alpha", 1, "-o", tmp_path / "out", FLAG)
     assert result.code in (4, 6), result
     assert "pytorch_model.bin" in result.err
+
+
+def test_hazard_no_unpickler_of_torch_is_called_and_old_ones_are_refused() -> None:
+    """Before 2.10 ``weights_only`` could be got round; here it is not relied on at all."""
+    root = Path(uipe_merge.__file__).parent
+    modules = {path: path.read_text(encoding="utf-8") for path in root.rglob("*.py")}
+    called = re.compile(r"\b(torch\.load|pickle\.loads?|pickle\.Unpickler)\b")
+    callers = {path.name for path, text in modules.items() if called.search(text)}
+    assert callers == {"unpickler_child.py"}  # whose ``find_class`` knows seven names
+    requirements = metadata.requires("uipe-merge") or []
+    assert [each for each in requirements if re.match(r"torch\b", each)] == ["torch<3,>=2.10"]
+    assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from fakes_output import FailingFileSystem
-from helpers import Result, assert_refused
+from helpers import Result, assert_refused, contents
 from runs import Child, Merge, count_calls
 
 from uipe_merge.errors import OutputError
@@ -63,6 +63,46 @@ def test_hazard_rlimit_nofile_16_with_60_shards_a_side(tmp_path: Path, alpha: fl
         assert result.code == 0, result.err
         assert merge.state(complete) == "complete"
         merge.clear()
+
+
+@pytest.mark.sweep
+def test_hazard_rlimit_nofile_16_with_500_shards_a_side(tmp_path: Path) -> None:
+    merge = Merge(tmp_path, shards=500).write_inputs(size=1)
+    complete = merge.undisturbed()
+    result = run_limited(resource.RLIMIT_NOFILE, 16, merge.command())
+    assert result.code == 0, result.err
+    assert merge.state(complete) == "complete"
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("alpha", [0.0, 2.0], ids=["copying", "arithmetic"])
+def test_hazard_memory_is_capped(tmp_path: Path, alpha: float) -> None:
+    """384 MiB of addresses, libraries included, are less than the 512 MiB of the two inputs."""
+    merge = Merge(tmp_path, alpha, shards=2, threads=2).write_inputs(size=2**21)
+    result = run_limited(resource.RLIMIT_AS, 384 * 2**20, merge.command())
+    assert result.code == 0, result.err
+    capped = contents(merge.output)
+    merge.clear()
+    merge.run()
+    assert contents(merge.output) == capped
+
+
+@pytest.mark.found("where memory for a buffer was missing, the message named standard output")
+def test_hazard_memory_that_does_not_suffice_is_one_line(tmp_path: Path) -> None:
+    """As much as starting takes, and then less and less than the buffers."""
+    merge = Merge(tmp_path, 2.0, shards=2, threads=8).write_inputs(size=2**17)
+    complete = merge.undisturbed()
+    codes = set()
+    for cap in (2000, 400, 300, 200):
+        result = run_limited(resource.RLIMIT_AS, cap * 2**20, merge.command())
+        codes.add(result.code)
+        if result.code:
+            assert_refused(result, 8, "out of memory; use fewer --threads")
+            break
+        merge.clear()
+    assert codes == {0, 8}
+    assert merge.state(complete) == "absent"
+    merge.mend(complete)
 
 
 def test_more_threads_than_descriptors_is_one_line_and_can_be_continued(tmp_path: Path) -> None:

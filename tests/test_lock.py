@@ -100,6 +100,14 @@ def test_hazard_without_flock_the_identity_still_keeps_the_second_out(
         assert json.loads((partial / "lock").read_bytes())["pid"] == os.getpid()
 
 
+@pytest.mark.found("a write that the system cut short left a lock that names nobody")
+def test_a_short_write_leaves_no_torn_lock(partial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:7]))
+    with hold(partial):
+        assert json.loads((partial / "lock").read_bytes())["pid"] == os.getpid()
+
+
 def test_without_hard_links_it_still_excludes(
     partial: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,7 @@
 import itertools
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,7 +34,9 @@ def prepare(merge: Merge, before: str) -> dict[str, bytes] | None:
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("before", ["fresh", "overwrite", "interrupted"])
-def test_hazard_power_cut_at_each_boundary(memory: Path, before: str, seed: int) -> None:
+def test_hazard_power_cut_at_each_boundary(
+    memory: Path, before: str, seed: int, record_property: Callable[[str, object], None]
+) -> None:
     merge = Merge(memory / "root", shards=2).write_inputs()
     overwrite = before == "overwrite"
     complete = merge.undisturbed()
@@ -55,6 +57,7 @@ def test_hazard_power_cut_at_each_boundary(memory: Path, before: str, seed: int)
         merge.mend(complete, overwrite=overwrite)
         if not disk.failed:
             break
+    record_property("cases", number)
     assert number > 50, "the run survived too early"
     assert lost > 50, "the power cuts took nothing away"
     assert seen == {"complete", "old" if overwrite else "absent"}

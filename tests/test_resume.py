@@ -4,12 +4,15 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 from helpers import contents
 from runs import Child, Merge
+
+Record = Callable[[str, object], None]
 
 SHARDS = 40
 PHASES = SHARDS + 8  # after the last shard comes, slower, the rest: card, manifest, publishing
@@ -102,22 +105,25 @@ def kill_in_a_row(killer: Killer, kills: int) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_hazard_sigkill_at_random_moments_then_run_again_same_bytes(
-    tmp_path: Path, seed: int
+    tmp_path: Path, seed: int, record_property: Record
 ) -> None:
+    record_property("cases", 10)
     kill_and_rerun(Killer(tmp_path, seed=seed), kills=10)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_hazard_sigkill_again_and_again_with_arithmetic_same_bytes(
-    tmp_path: Path, threads: int
+    tmp_path: Path, threads: int, record_property: Record
 ) -> None:
+    record_property("cases", 5)
     kill_in_a_row(Killer(tmp_path, seed=100 + threads, alpha=2.0, threads=threads), kills=5)
 
 
 @pytest.mark.sweep
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", range(1000, 1010))
-def test_three_hundred_kills(tmp_path: Path, seed: int) -> None:
+def test_three_hundred_kills(tmp_path: Path, seed: int, record_property: Record) -> None:
+    record_property("cases", 20 + 5 + 5)
     threads = 1 + seed % 3
     kill_and_rerun(Killer(tmp_path / "copy", seed=seed, threads=threads), kills=20)
     killer = Killer(tmp_path / "arithmetic", seed=seed, alpha=2.0, threads=threads)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from helpers import contents
 from runs import Merge, in_memory
 
 pytestmark = [pytest.mark.sweep, pytest.mark.timeout(3600)]
+
+Record = Callable[[str, object], None]
 
 STRACE = shutil.which("strace")
 
@@ -102,27 +105,29 @@ def inject(sweep: Sweep, call: str, number: int, fault: str) -> tuple[int, str]:
 @pytest.mark.parametrize("overwrite", [False, True], ids=["fresh", "overwrite"])
 @pytest.mark.parametrize("call", CHANGING)
 def test_sigkill_at_every_system_call_then_run_again_same_bytes(
-    tmp_path: Path, call: str, overwrite: bool
+    tmp_path: Path, call: str, overwrite: bool, record_property: Record
 ) -> None:
     with in_memory(tmp_path) as memory:
         sweep = Sweep(memory / "merge", overwrite=overwrite)
-        for number in sweep.numbers(call):
+        numbers = sweep.numbers(call)
+        record_property("cases", len(numbers))
+        for number in numbers:
             code, err = inject(sweep, call, number, "signal=KILL")
             assert code == -signal.SIGKILL, (call, number, code, err)
             sweep.check(f"{call} {number}")
 
 
 ERRORS = {
-    "mkdir": ["ENOSPC"],
-    "openat": ["EMFILE"],
+    "mkdir": ["ENOSPC", "EIO"],
+    "openat": ["EMFILE", "ENOSPC", "EIO", "EINTR"],
     "flock": ["ENOLCK"],
     "link": ["EPERM", "EIO"],
     "linkat": ["EPERM", "EIO"],
-    "write": ["ENOSPC", "EINTR"],
-    "pwrite64": ["ENOSPC", "EDQUOT", "EINTR"],
-    "fsync": ["EIO", "ENOSPC"],
-    "close": ["EIO"],
-    "rename": ["EIO", "EROFS"],
+    "write": ["ENOSPC", "EIO", "EINTR"],
+    "pwrite64": ["ENOSPC", "EDQUOT", "EIO", "EINTR"],
+    "fsync": ["EIO", "ENOSPC", "EINTR"],
+    "close": ["EIO", "ENOSPC", "EINTR"],
+    "rename": ["EIO", "ENOSPC", "EROFS"],
     "renameat2": ["EIO", "ENOSYS", "EINVAL"],
     "unlink": ["EIO"],
     "unlinkat": ["EIO"],
@@ -137,12 +142,14 @@ ERRORS = {
     ("call", "error"), [(call, error) for call, errors in ERRORS.items() for error in errors]
 )
 def test_error_of_every_system_call_is_one_line_and_can_be_continued(
-    tmp_path: Path, call: str, error: str
+    tmp_path: Path, call: str, error: str, record_property: Record
 ) -> None:
     replacing = call in ("renameat2", "unlinkat", "rmdir")
     with in_memory(tmp_path) as memory:
         sweep = Sweep(memory / "merge", overwrite=replacing)
-        for number in sweep.numbers(call):
+        numbers = sweep.numbers(call)
+        record_property("cases", len(numbers))
+        for number in numbers:
             code, err = inject(sweep, call, number, f"error={error}")
             what = f"{call} {number} {error}: {code} {err}"
             # Some errors are no obstacle: an interrupted call is repeated, a lock has two legs.

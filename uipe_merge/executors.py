@@ -90,13 +90,25 @@ class Threads:
         started: list[threading.Thread] = []
         try:
             for thread in threads:
-                thread.start()
+                _start(thread)
                 started.append(thread)
             yield from crew.results(len(threads))
         finally:
             crew.stop.set()
             for thread in started:
                 thread.join()
+
+
+def _start(thread: threading.Thread) -> None:
+    """Start a thread; that there is no room for its stack is what is missing memory.
+
+    Raises:
+        MemoryError: It cannot be started.
+    """
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise MemoryError(str(error)) from None
 
 
 class _Crew(Generic[Item, Result]):

@@ -11,7 +11,7 @@ from uipe_merge.errors import CorruptInputError, OutputError
 from uipe_merge.executors import affordable_outputs
 from uipe_merge.job import identity, require_room, run_digest
 from uipe_merge.output.filesystem import LocalFileSystem, write_document
-from uipe_merge.output.lock import hold
+from uipe_merge.output.lock import hold, nothing_left, tidy
 from uipe_merge.output.manifest import MANIFEST_NAME, read_manifest
 from uipe_merge.output.place import partial_directory
 from uipe_merge.running import run_all
@@ -58,6 +58,9 @@ def run_grid(
     filesystem.make_directory(grid.directory)
     with hold(grid.directory / ".uipe-grid"):
         made = {variant.name: _made(variant) for variant in grid.variants}
+        for variant in grid.variants:
+            if made[variant.name] is not None:
+                tidy(partial_directory(variant.job.output))
         todo = [variant for variant in grid.variants if made[variant.name] is None]
         require_grid_room(grid)  # before the document says what there will be
         _write_grid(filesystem, grid)
@@ -107,7 +110,7 @@ def _made(variant: Variant) -> dict[str, object] | None:
         OutputError: It cannot be read.
     """
     job, output = variant.job, variant.job.output
-    if not (output / MANIFEST_NAME).is_file() or partial_directory(output).exists():
+    if not (output / MANIFEST_NAME).is_file() or not nothing_left(partial_directory(output)):
         return None
     try:
         manifest, files = read_manifest(output)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 USAGE = 2
 BUG = 1
 IO_ERROR = 8
+OUT_OF_MEMORY = "out of memory; use fewer --threads"
 
 
 # typer carries a click of its own in some versions and imports it in others; its public
@@ -171,12 +172,15 @@ def _run(arguments: list[str]) -> int:  # noqa: PLR0911 - one for each way to en
     except SystemExit as error:  # how typer and rich end where nobody reads what they print
         return IO_ERROR if error.code else 0
     except OSError as error:
+        if error.errno == errno.ENOMEM:  # a buffer could not be mapped
+            output.error(OUT_OF_MEMORY)
+            return IO_ERROR
         # Neither names a file: writing to stdout, and asking for a working directory that is gone.
         unnamed = "." if error.errno == errno.ENOENT else "standard output"
         output.error(str(system_error(error, error.filename or unnamed)))
         return IO_ERROR
     except MemoryError:
-        output.error("out of memory; use fewer --threads")
+        output.error(OUT_OF_MEMORY)
         return IO_ERROR
     except Exception:  # noqa: BLE001 - the last resort: a bug, shown whole
         traceback.print_exc()

@@ -186,10 +186,15 @@ class LocalFileSystem:
         with _naming(two):
             if linux.exchange(str(one), str(two)):
                 return
+            # Each rename is on the disk before the next: were the third there without the second,
+            # the old model would stand where whatever is unfinished is thrown away.
             aside = one.with_name(one.name + ASIDE)
-            two.rename(aside)
-            one.rename(two)
-            aside.rename(one)
+            self.rename(two, aside)
+            self.sync_directory(two.parent)
+            self.sync_directory(one.parent)
+            self.rename(one, two)
+            self.sync_directory(two.parent)
+            self.rename(aside, one)
 
     def sync_directory(self, path: Path) -> None:
         """Sync the directory itself."""

@@ -51,9 +51,23 @@ def hold(directory: Path) -> Iterator[None]:
 def tidy(directory: Path) -> None:
     """Remove a partial directory in which a run died after everything else was removed."""
     with suppress(OSError, UipeMergeError):
-        if all(entry.name.startswith("lock") for entry in directory.iterdir()):
+        if directory.exists() and nothing_left(directory):
             with hold(directory):
                 pass
+
+
+def nothing_left(directory: Path) -> bool:
+    """Tell whether a partial directory is missing, or holds nothing but a lock.
+
+    Raises:
+        OutputError: It cannot be looked at.
+    """
+    try:
+        return all(entry.name.startswith("lock") for entry in directory.iterdir())
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        raise system_error(error, directory) from None
 
 
 def _release(path: Path, descriptor: int) -> None:
@@ -111,7 +125,9 @@ def _write(path: Path) -> int:
     try:
         with suppress(OSError):  # a file system without flock: the identity has to do
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.write(descriptor, json.dumps(_identity()).encode())
+        identity = json.dumps(_identity()).encode()
+        while identity:
+            identity = identity[os.write(descriptor, identity) :]
     except BaseException:
         os.close(descriptor)
         with suppress(OSError):

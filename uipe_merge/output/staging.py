@@ -161,9 +161,15 @@ class Staging:
 
         As long as the journal is there, a rerun knows what this was.
         """
-        for entry in _entries(self.partial):
-            if entry in (self.model, self.measured) or not _in_use(entry):
-                self._remove(entry)
+        left = [
+            entry
+            for entry in _entries(self.partial)
+            if entry in (self.model, self.measured) or not _in_use(entry)
+        ]
+        for entry in left:
+            self._remove(entry)
+        if left:
+            self._filesystem.sync_directory(self.partial)
         self._filesystem.remove(self.partial / "journal")
 
     def discard(self) -> None:
