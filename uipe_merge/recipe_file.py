@@ -93,7 +93,7 @@ def read_recipe(named: str | os.PathLike[str]) -> Recipe:
     if size > _LARGEST:
         raise RecipeError(f"has {size} bytes, more than a recipe may have", file=path)
     try:
-        return _recipe(reader(raw))
+        return parse_recipe(reader(raw))
     except (RecipeError, UsageError) as error:
         raise type(error)(error.message, file=path, remedy=error.remedy) from None
     except RecursionError:
@@ -121,7 +121,14 @@ def write_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(document, sort_keys=False)
 
 
-def _recipe(document: object) -> Recipe:
+def parse_recipe(document: object) -> Recipe:
+    """Return the recipe that a parsed document is.
+
+    Raises:
+        RecipeError: It is malformed, or says what no recipe can say.
+        UsageError: A name in it is none that is known.
+        NumericError: An α is too large.
+    """
     fields = _mapping(document, "the recipe")
     for key in fields:
         if key not in _KEYS:
