@@ -87,7 +87,7 @@ def recompute(
     """
     from uipe_merge.rehearsing import rehearse
 
-    record = _Record(manifest, model.manifest_path)
+    record = Record(manifest, model.manifest_path)
     recipe = record.recipe(deep.moved)
     original, unlearned = record.arguments(deep)
     rehearsal = rehearse(
@@ -104,10 +104,15 @@ def recompute(
         return _compare(made, made.settled(), model, deep, progress, record)
 
 
-class _Record:
+class Record:
     """A manifest, asked for what a merge needs; anything in it may be wrong."""
 
     def __init__(self, manifest: Mapping[str, object], path: str) -> None:
+        """Take one of our numeric code; ``path`` is for messages.
+
+        Raises:
+            CorruptInputError: It is of another.
+        """
         self._manifest = manifest
         self._path = path
         tool = self.mapping("tool")
@@ -120,12 +125,14 @@ class _Record:
             )
 
     def mapping(self, name: str) -> Mapping[str, object]:
+        """Return one of its parts; nothing where it has none of that name."""
         value = self._manifest.get(name, {})
         if not isinstance(value, dict):
             raise self.damaged(name)
         return value
 
     def damaged(self, what: str) -> CorruptInputError:
+        """Return the error for a part that is not what this tool writes."""
         return CorruptInputError(
             f"its {what} is damaged, so that nothing can be computed from it", file=self._path
         )
@@ -224,7 +231,7 @@ def _renamed(value: object, moved: Mapping[str, str]) -> object:
     }
 
 
-def _other_groups(record: _Record, settled: Settled) -> list[str]:
+def _other_groups(record: Record, settled: Settled) -> list[str]:
     """Say which groups' measurements are recorded otherwise than they come out."""
     said = record.mapping("groups")
     found = {group.name: group.as_dict() for group in settled.groups}
@@ -248,7 +255,7 @@ def _compare(
     model: Published,
     deep: Deep,
     progress: Progress,
-    record: _Record,
+    record: Record,
 ) -> Recomputed:
     """Stream the blocks that are drawn into comparisons."""
     from uipe_merge.engine import require_unchanged  # imports numpy, as the worker does
@@ -385,7 +392,7 @@ class _Shelf:
 
 
 def _other_records(
-    record: _Record, whole: Iterable[Step], rows: Mapping[str, list[Sums]]
+    record: Record, whole: Iterable[Step], rows: Mapping[str, list[Sums]]
 ) -> list[str]:
     """Say which tensors, computed from end to end, are recorded otherwise than they come out."""
     said = record.mapping("tensors")
