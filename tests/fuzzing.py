@@ -10,7 +10,7 @@ import math
 import pickletools
 import struct
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ _BASE = {
 }
 
 
-def shard(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:
+def shard(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
     """A shard of zeros."""
     rows = [
         (name, DTYPES[dtype], shape, math.prod(shape) * DTYPES[dtype].bits // 8)

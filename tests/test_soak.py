@@ -8,7 +8,7 @@ import threading
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
@@ -17,6 +17,7 @@ from helpers import write_pair
 from test_families import FAMILIES, make_pair
 
 from uipe_merge import Deep, api, load
+from uipe_merge.errors import UsageError
 from uipe_merge.steering import Steering
 
 TRACED, RESIDENT, ALONE = 2**20, 24 * 2**20, 6 * 2**20
@@ -92,7 +93,7 @@ class Runs:
         if number % 8 == 0:
             grid = self._root / "grid"
             api.grid(*self._pair, grid, [0.0, 2.0], overwrite=True, progress=False)
-            with pytest.raises(api.UsageError):
+            with pytest.raises(UsageError):
                 api.merge(*self._pair, output, progress=False)
         if self._model is not None and number % 10 == 0:
             self._model.set_alpha(alpha)
@@ -129,15 +130,14 @@ def test_torch_has_its_threads_afterwards(tmp_path: Path, threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        given = {"threads": threads, "progress": False}
-        run: Callable[..., object]
-        for run, more in (
-            (api.merge, {"alpha": 2.0, "dtype": "float16"}),
-            (api.grid, {"alphas": [1.0]}),
-            (api.inspect, {"dtype": "float16"}),
-        ):
-            where = [] if run is api.inspect else [tmp_path / run.__name__]
-            run(*pair, *where, **more, **given)
+        given: dict[str, Any] = {"threads": threads, "progress": False}
+        runs: list[Callable[[], object]] = [
+            lambda: api.merge(*pair, tmp_path / "merge", alpha=2.0, dtype="float16", **given),
+            lambda: api.grid(*pair, tmp_path / "grid", [1.0], **given),
+            lambda: api.inspect(*pair, dtype="float16", **given),
+        ]
+        for run in runs:
+            run()
             other = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
             other.start()
             other.join()

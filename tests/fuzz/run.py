@@ -102,12 +102,13 @@ def main() -> None:
     corpus.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(fuzzing.seeds()[name]):
         (corpus / f"seed-{number}").write_bytes(seed)
+        fuzzing.TARGETS[name](seed)  # what is imported on the way takes no input's time
     words = corpus.with_suffix(".dict")
     lines = ("".join(f"\\x{byte:02x}" for byte in word.encode()) for word in WORDS)
     words.write_text("".join(f'"{line}"\n' for line in lines))
     options = [
         f"-max_total_time={seconds}",
-        "-timeout=10",
+        "-timeout=20",
         "-rss_limit_mb=2048",
         "-max_len=4096",
         f"-dict={words}",

@@ -12,12 +12,11 @@ by name, never ignored.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from uipe_merge.checkpoint import experts
+from uipe_merge.checkpoint import experts, strict_json
 from uipe_merge.checkpoint.factors import (
     MERGE_FIRST,
     Halves,
@@ -256,8 +255,8 @@ def _missing(module: str, parameters: list[str], tensors: Mapping[str, TensorSpe
 def _read_config(folder: Folder) -> _Config:
     where = f"{folder.location}/{CONFIG_NAME}"
     try:
-        config = json.loads(read_document(folder, CONFIG_NAME, _LARGEST_CONFIG))
-    except (ValueError, RecursionError) as error:
+        config = strict_json.settings(read_document(folder, CONFIG_NAME, _LARGEST_CONFIG))
+    except ValueError as error:
         raise CorruptInputError(f"is not valid JSON: {error}", file=where) from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None

@@ -8,8 +8,13 @@ from typing import TYPE_CHECKING, Protocol
 from uipe_merge.checkpoint.storage import LocalFolder, read_document
 from uipe_merge.checkpoint.urls import RemoteFolder
 from uipe_merge.errors import UsageError
-from uipe_merge.output.bucket import LARGEST_MANIFEST
-from uipe_merge.output.manifest import MANIFEST_NAME, FileRecord, parse_manifest, read_manifest
+from uipe_merge.output.manifest import (
+    LARGEST_MANIFEST,
+    MANIFEST_NAME,
+    FileRecord,
+    parse_manifest,
+    read_manifest,
+)
 from uipe_merge.output.staging import hash_file
 
 if TYPE_CHECKING:
