@@ -66,13 +66,11 @@ def read_manifest(directory: Path) -> tuple[dict[str, object], dict[str, FileRec
                 file=directory,
                 remedy="name a directory written by uipe-merge",
             )
-        with path.open("rb") as file:
-            raw = file.read(LARGEST_MANIFEST + 1)
-        if len(raw) > LARGEST_MANIFEST:
+        if path.stat().st_size > LARGEST_MANIFEST:
             raise CorruptInputError(
                 f"has more than the {LARGEST_MANIFEST} bytes such a file may have", file=path
             )
-        return parse_manifest(raw, path)
+        return parse_manifest(path.read_bytes(), path)
     except OSError as error:
         raise system_error(error, path) from None
 
