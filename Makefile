@@ -10,9 +10,14 @@ WORKERS ?= 2
 ARGS    ?=
 KEEP    ?= torch==2.13.0
 
+ATHERIS ?= atheris==3.0.0
+SECONDS ?= 60
+TARGETS ?= header header_json index config adapter adapter_weights recipe_yaml recipe_toml \
+           recipe_json manifest grid scores pickle_rows archive
+
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install -q
-SOURCES  = $(wildcard uipe_merge tests benchmarks examples docs)
+SOURCES  = $(wildcard uipe_merge tests benchmarks examples docs tools)
 
 # Stamps: set-up is repeated only when what it depends on has changed.
 VENV_OK := $(VENV)/.stamp-venv
@@ -24,7 +29,8 @@ BUILT_FROM := pyproject.toml constraints.txt $(wildcard uipe_merge/arithmetic/*.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check lint types format docs bench faults wheel extras constraints clean
+.PHONY: help demo test check lint types format docs bench faults fuzz audit wheel extras sbom constraints \
+        clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -77,6 +83,21 @@ faults: $(DEV_OK) ## every hazard, and the long fault-injection sweeps; the coun
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "sweep or not sweep" --hazards \
 	  -n $(WORKERS) --dist worksteal --timeout 3600 $(ARGS)
 
+# atheris has its own place: it is no library of the program, and wheels are for few machines.
+fuzz: $(DEV_OK) ## fuzz every target, SECONDS each (60); or TARGETS="index adapter"
+	@[ -d $(VENV)-fuzz ] || { $(PIP) --only-binary :all: --target $(VENV)-fuzz.tmp '$(ATHERIS)' && \
+	  mv $(VENV)-fuzz.tmp $(VENV)-fuzz; }
+	@export PYTHONPATH="$(VENV)-fuzz$${PYTHONPATH:+:$$PYTHONPATH}" OMP_NUM_THREADS=1; \
+	for target in $(TARGETS); do \
+	  echo "== $$target, $(SECONDS) s"; \
+	  $(BIN)/python tests/fuzz/run.py $$target $(SECONDS) .fuzz > .fuzz-$$target.log 2>&1 || { \
+	    tail -40 .fuzz-$$target.log; exit 1; }; \
+	  grep -E '^stat::(number_of_executed|new_units|peak)' .fuzz-$$target.log; \
+	done
+
+audit: $(DEV_OK) ## look for known holes in what is pinned
+	$(BIN)/python tools/audit.py constraints.txt
+
 bench: $(DEV_OK) ## time and memory against mergekit, written to docs/performance.md
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
@@ -94,6 +115,12 @@ wheel: $(DEV_OK) ## sdist and wheel in dist/, checked
 extras: $(DEV_OK) ## each extra alone in an environment of its own
 	$(BIN)/python tests/extras_alone.py $(ARGS)
 
+sbom: $(DEV_OK) ## what a release was tested with, as CycloneDX, in dist/
+	@mkdir -p dist
+	$(BIN)/cyclonedx-py requirements constraints.txt --pyproject pyproject.toml \
+	  --output-reproducible --output-format JSON \
+	  --output-file dist/uipe_merge-$$($(BIN)/python -c 'import uipe_merge; print(uipe_merge.__version__)').cdx.json
+
 # From ranges to the newest set that satisfies them; run `make check` before keeping it.
 # torch moves on purpose only (KEEP=): the published figures were measured with this one.
 # Local labels (+cpu) and the CUDA libraries, which torch pins itself, depend on the machine.
@@ -108,5 +135,6 @@ constraints: ## resolve the dependencies anew into constraints.txt
 	@rm -rf $(VENV)-resolve
 
 clean: ## remove the environment, builds and caches
-	rm -rf $(VENV) $(VENV)-resolve dist build site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-resolve $(VENV)-fuzz $(VENV)-fuzz.tmp .fuzz .fuzz-*.log dist build site
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

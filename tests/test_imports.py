@@ -32,11 +32,13 @@ LAYERS: list[set[str]] = [
     {"api"},
     {"study"},
     {"verification"},
+    {"recomputing"},
     {"inspection"},
     {"gridding"},
     {"grids"},
     {"running"},
     {"finishing"},
+    {"rehearsing"},
     {"settling"},
     {"job"},
     {"decomposing", "measuring"},
@@ -69,7 +71,7 @@ LAYERS: list[set[str]] = [
     {"bits"},
     {"checkpoint"},
     {"arithmetic"},
-    {"aligned", "harnesses", "naming", "once", "progress", "errors", "_version"},
+    {"aligned", "drawing", "harnesses", "naming", "once", "progress", "errors", "_version"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -2,7 +2,8 @@
 
 ``merge`` writes an extrapolated model, ``grid`` one for every α, ``load`` gives one in memory;
 ``plan`` says what a merge would take, ``inspect`` measures an update before anything is written,
-``verify`` checks a written model; ``evaluate`` asks a model questions, ``search`` looks for α. The exceptions are those of ``uipe_merge.errors``. Importing the
+``verify`` checks a written model, with ``Deep`` against its inputs; ``evaluate`` asks a model
+questions, ``search`` looks for α. The exceptions are those of ``uipe_merge.errors``. Importing the
 package loads neither torch nor transformers.
 """
 
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 # A module is put into its package when it is loaded: later it would take the function's place.
 import uipe_merge.plan  # noqa: F401 - see above
 from uipe_merge._version import __version__
-from uipe_merge.api import Verification, grid, inspect, merge, plan, verify
+from uipe_merge.api import Deep, Verification, grid, inspect, merge, plan, verify
 from uipe_merge.errors import (
     CorruptInputError,
     IncompatibleModelsError,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ORIGINAL_ITSELF",
     "CorruptInputError",
+    "Deep",
     "IncompatibleModelsError",
     "NumericError",
     "OutputError",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from uipe_merge.drawing import Deep
 from uipe_merge.errors import UsageError
 from uipe_merge.progress import watcher
 from uipe_merge.steering import PLAIN, Steering
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]
 
-__all__ = ["Verification", "grid", "inspect", "make_recipe", "merge", "plan", "verify"]
+__all__ = ["Deep", "Verification", "grid", "inspect", "make_recipe", "merge", "plan", "verify"]
 
 
 def plan(

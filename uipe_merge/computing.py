@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from uipe_merge.deltas import Deltas, Growths
     from uipe_merge.kernels import Kernels
     from uipe_merge.reader import Pair
@@ -33,3 +37,25 @@ class Computing:
         """Close the files of the deltas, if any were made."""
         if self._made is not None:
             self._made[1].close()
+
+
+@contextmanager
+def torch_threads_kept() -> Iterator[None]:
+    """Give torch its number of threads back, which every ``Kernels`` sets to one.
+
+    Where torch was not there before, that is the number it began with.
+    """
+    threads = None
+    if "torch" in sys.modules:
+        import torch
+
+        threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        if "uipe_merge.kernels" in sys.modules:
+            import torch
+
+            from uipe_merge.kernels import THREADS_FOUND
+
+            torch.set_num_threads(threads or THREADS_FOUND)

@@ -9,15 +9,15 @@ from __future__ import annotations
 from bisect import bisect_right
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from uipe_merge.checkpoint import experts
+from uipe_merge.computing import torch_threads_kept
 from uipe_merge.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
     import torch
 
@@ -63,32 +63,23 @@ class Source:
     @contextmanager
     def settled(self, recipe: Recipe) -> Iterator[tuple[Job, Settled, Path]]:
         """Plan and measure as ``merge`` does; what is kept meanwhile is in the directory given."""
-        from uipe_merge import fetching
-        from uipe_merge.executors import make_executor
-        from uipe_merge.job import prepare
-        from uipe_merge.output.filesystem import LocalFileSystem
-        from uipe_merge.progress import Silent
-        from uipe_merge.settling import settle
+        from uipe_merge.rehearsing import rehearse
 
         if recipe.form != "model":
             raise UsageError(
                 "an adapter cannot be loaded as a model", remedy="leave out `as`, or use merge"
             )
-        with TemporaryDirectory(prefix="uipe-merge-") as name:
-            root = Path(name)
-            job = prepare(
-                self.original,
-                self.unlearned,
-                root / "model",  # never written
-                recipe,
-                allow_pickle=self.allow_pickle,
-                dequantize=self.dequantize,
-                device=self.device,
-            )
-            fetching.require_room(job.wanted, None, 0)
-            fetching.fetch(job.wanted, job.pair)
-            executor = make_executor(self.threads, remote=job.remote)
-            yield job, settle(job, root / "kept", LocalFileSystem(), executor, Silent()), root
+        rehearsal = rehearse(
+            self.original,
+            self.unlearned,
+            recipe,
+            allow_pickle=self.allow_pickle,
+            dequantize=self.dequantize,
+            device=self.device,
+            threads=self.threads,
+        )
+        with rehearsal as made, torch_threads_kept():
+            yield made.job, made.settled(), made.root
 
     def fill(self, job: Job, settled: Settled, targets: Mapping[str, torch.Tensor]) -> list[str]:
         """Stream the plan into flat tensors, by the names of its steps; return what to warn of.
@@ -121,7 +112,6 @@ class Source:
         order = blocks([plan], range(len(plan.shards)), executor.width, job.block)
         todo = (each for each in order if plan.shards[each.shard].steps[each.step].name in targets)
         cells: dict[str, list[Sums]] = {}
-        threads = torch.get_num_threads()  # which the workers set to one
         results = executor.run(make_worker, todo)
         try:
             for result in results:
@@ -130,7 +120,6 @@ class Source:
                 cells.setdefault(step.name, []).extend(Sums(*row) for row in rows)
         finally:
             results.close()
-            torch.set_num_threads(threads)
         require_unchanged(settled.pair)
         done = [step for step in plan.steps if step.name in cells]
         sums = {

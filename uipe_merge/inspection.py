@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from uipe_merge import native
 from uipe_merge.bits import count_differing
 from uipe_merge.checkpoint.pair import match
-from uipe_merge.computing import Computing
+from uipe_merge.computing import Computing, torch_threads_kept
 from uipe_merge.cutting import Block, blocks
 from uipe_merge.fetching import fetch, require_room, wanted
 from uipe_merge.guard import Guard
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 DEFAULT_ALPHAS = (0.1, 0.25, 0.5, 1.0, 2.0)
 
 
+@torch_threads_kept()
 def inspect_pair(
     original: str | os.PathLike[str],
     unlearned: str | os.PathLike[str],

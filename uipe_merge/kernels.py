@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from uipe_merge.plan import Step
 
 
+THREADS_FOUND = torch.get_num_threads()
+"""What torch had before the first ``Kernels`` was made."""
+
 DeltaCells = Callable[[int, Sequence[torch.Tensor]], Sequence[Change | None]]
 """Gives what scales and adapters make of the values stored for the operands, from element ``start``
 of a block and what is stored for each."""

@@ -58,6 +58,16 @@ def _holds_files(location: str) -> bool:
     return Path(local(location)).is_dir()
 
 
+def is_there(argument: PathLike) -> bool:
+    """Tell whether an argument names directories of this machine, or what is asked for elsewhere.
+
+    A name without a revision may be a hub's or a directory's that is gone: that is not there.
+    """
+    return all(
+        is_url(part) or "@" in part or Path(local(part)).is_dir() for part in locations(argument)
+    )
+
+
 def is_remote(argument: PathLike) -> bool:
     """Tell whether an argument names something that is read over a network."""
     return any(is_url(part) for part in re.split(r"\+(?=\w+://)", os.fspath(argument)))

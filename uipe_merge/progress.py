@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from uipe_merge.errors import escape
+
 
 class Progress(Protocol):
     """What a run calls, from one thread."""
@@ -49,7 +51,7 @@ class TqdmBar:
 
     def advance(self, written: int, shard: str) -> None:
         """Move the bar and name the shard in hand."""
-        self._bar.set_description_str(shard, refresh=False)
+        self._bar.set_description_str(escape(shard), refresh=False)
         self._bar.update(written)
 
     def close(self) -> None:

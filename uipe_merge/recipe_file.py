@@ -85,7 +85,7 @@ def read_recipe(named: str | os.PathLike[str]) -> Recipe:
         raise UsageError("is no recipe by its name", file=path, remedy=f"call it {endings}")
     raw = read_bytes(path)
     try:
-        return _recipe(reader(raw))
+        return parse_recipe(reader(raw))
     except (RecipeError, UsageError) as error:
         raise type(error)(error.message, file=path, remedy=error.remedy) from None
     except RecursionError:
@@ -113,7 +113,14 @@ def write_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(document, sort_keys=False)
 
 
-def _recipe(document: object) -> Recipe:
+def parse_recipe(document: object) -> Recipe:
+    """Return the recipe that a parsed document is.
+
+    Raises:
+        RecipeError: It is malformed, or says what no recipe can say.
+        UsageError: A name in it is none that is known.
+        NumericError: An α is too large.
+    """
     fields = _mapping(document, "the recipe")
     for key in fields:
         if key not in _KEYS:

@@ -6,6 +6,7 @@ import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from uipe_merge.computing import torch_threads_kept
 from uipe_merge.errors import CorruptInputError, NumericError, OutputError, listed
 from uipe_merge.fetching import fetch
 from uipe_merge.finishing import results, write_rest
@@ -44,6 +45,7 @@ def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress
     return report
 
 
+@torch_threads_kept()
 def run_all(
     jobs: Sequence[Job], executor: Executor, filesystem: FileSystem, progress: Progress
 ) -> list[MergeReport]:

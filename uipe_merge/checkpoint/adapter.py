@@ -12,12 +12,11 @@ by name, never ignored.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from uipe_merge.checkpoint import experts
+from uipe_merge.checkpoint import experts, strict_json
 from uipe_merge.checkpoint.factors import (
     MERGE_FIRST,
     Halves,
@@ -34,6 +33,7 @@ from uipe_merge.checkpoint.model import (
     Family,
     ShardInput,
 )
+from uipe_merge.checkpoint.patterns import Pattern, PatternError, compile_keys
 from uipe_merge.checkpoint.storage import read_document
 from uipe_merge.errors import CorruptInputError, IncompatibleModelsError, UnsafeInputError, listed
 
@@ -50,6 +50,7 @@ ADAPTER = "adapter"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _FILES = ((WEIGHTS_NAME, SAFETENSORS), ("adapter_model.bin", PICKLED))
 _LARGEST_CONFIG = 2**22
+_LARGEST = 2**53  # a rank or lora_alpha that is a number all the same
 _HANDLED = frozenset(
     [
         "r",
@@ -100,12 +101,16 @@ _EXCLUDED = {
 """What PEFT does not take beside a field, so that nothing says what it would mean."""
 
 
+Patterns = list[tuple[Pattern, float]]
+"""A number for the modules that match, in order."""
+
+
 class _Config(NamedTuple):
     rank: int
     alpha: float
     rank_stabilised: bool
-    ranks: Mapping[str, int]
-    alphas: Mapping[str, float]
+    ranks: Patterns
+    alphas: Patterns
     transposed: bool
     dora: bool
     parameters: tuple[str, ...]
@@ -250,8 +255,8 @@ def _missing(module: str, parameters: list[str], tensors: Mapping[str, TensorSpe
 def _read_config(folder: Folder) -> _Config:
     where = f"{folder.location}/{CONFIG_NAME}"
     try:
-        config = json.loads(read_document(folder, CONFIG_NAME, _LARGEST_CONFIG))
-    except (ValueError, RecursionError) as error:
+        config = strict_json.settings(read_document(folder, CONFIG_NAME, _LARGEST_CONFIG))
+    except ValueError as error:
         raise CorruptInputError(f"is not valid JSON: {error}", file=where) from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
@@ -285,12 +290,16 @@ def _read_config(folder: Folder) -> _Config:
     alpha: Any = config.get("lora_alpha")
     if not _usable(rank, alpha, ranks, alphas):
         raise CorruptInputError("has a rank or lora_alpha that is no usable number", file=where)
+    try:
+        by_rank, by_alpha = _compiled(ranks), _compiled(alphas)
+    except PatternError as error:
+        raise IncompatibleModelsError(f"its key {error}", file=where, remedy=MERGE_FIRST) from None
     return _Config(
         rank,
         float(alpha),
         bool(config.get("use_rslora")),
-        ranks,
-        alphas,
+        by_rank,
+        by_alpha,
         bool(config.get("fan_in_fan_out")),
         bool(config.get("use_dora")),
         tuple(parameters),
@@ -305,9 +314,14 @@ def _usable(rank: object, alpha: object, ranks: object, alphas: object) -> bool:
         return False
     whole = [rank, *ranks.values()]
     real = [alpha, *alphas.values()]
-    return all(type(value) is int and value > 0 for value in whole) and all(
-        isinstance(value, int | float) and math.isfinite(value) for value in real
+    return all(type(value) is int and 0 < value <= _LARGEST for value in whole) and all(
+        isinstance(value, int | float) and abs(value) <= _LARGEST for value in real
     )
+
+
+def _compiled(patterns: Mapping[str, float]) -> Patterns:
+    compiled = compile_keys(patterns)
+    return [(compiled[key], value) for key, value in patterns.items()]
 
 
 def _choose(folder: Folder, names: list[str], *, allow_pickle: bool) -> tuple[str, Family]:
@@ -346,9 +360,9 @@ def _resolve(name: str, tensors: Mapping[str, TensorSpec]) -> str | None:
     return longer[0] if len(longer) == 1 else None
 
 
-def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
+def _by_pattern(patterns: Patterns, module: str, default: float) -> float:
     """Look a module up as PEFT does: a key matches the whole name or its end after a dot."""
-    for key, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({key})", module):
+    for pattern, value in patterns:
+        if pattern.matches(module):
             return value
     return default

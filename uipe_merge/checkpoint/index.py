@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from uipe_merge.checkpoint import strict_json
 from uipe_merge.checkpoint.storage import read_document
-from uipe_merge.errors import CorruptInputError, UnsafeInputError
+from uipe_merge.errors import CorruptInputError, UnsafeInputError, escape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -68,6 +68,10 @@ def _check_name(shard: str, ending: str, shown: str, tensor: str) -> None:
             file=shown,
             tensor=tensor,
             remedy="an index may only name files beside it: do not trust this checkpoint",
+        )
+    if escape(shard) != shard:
+        raise CorruptInputError(
+            f"its shard '{shard}' has control characters in its name", file=shown, tensor=tensor
         )
     if not shard.endswith(ending):
         raise CorruptInputError(

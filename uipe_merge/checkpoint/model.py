@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from uipe_merge.checkpoint import formats
+from uipe_merge.checkpoint import formats, strict_json
 from uipe_merge.checkpoint.header import Header, KnownHeaders, TensorSpec, read_header
 from uipe_merge.checkpoint.index import INDEX_NAME, Index, read_index
 from uipe_merge.checkpoint.pickled import read_pickled
@@ -259,8 +258,8 @@ def _check_total(folder: Folder, index: Index | None, tensors: dict[str, TensorS
 def _read_config(folder: Folder) -> dict[str, object]:
     where = f"{folder.location}/config.json"
     try:
-        config = json.loads(read_document(folder, "config.json", _LARGEST_CONFIG))
-    except (ValueError, RecursionError) as error:
+        config = strict_json.settings(read_document(folder, "config.json", _LARGEST_CONFIG))
+    except ValueError as error:
         raise CorruptInputError(f"is not valid JSON: {error}", file=where) from None
     if not isinstance(config, dict):
         raise CorruptInputError("is not a JSON object", file=where)

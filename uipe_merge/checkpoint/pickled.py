@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 MAX_PICKLE = 64 * 2**20
 MAX_ENTRIES = 500_000
 
+_MOST_DIMENSIONS = 64  # as torch has it
+
 _CHILD = Path(__file__).with_name("unpickler_child.py")
 _SECONDS = 180
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -50,6 +52,30 @@ def read_pickled(file: InputFile, name: str, known: KnownHeaders | None = None) 
         IncompatibleModelsError: A tensor is not contiguous.
     """
     del known
+    storages, pickle = entries_of(file)
+    raw = bytearray(pickle.size)
+    file.read_into(memoryview(raw), pickle.offset)
+    specs = [spec_of(row, storages, file, name) for row in _describe(bytes(raw), file)]
+    if not specs:
+        raise CorruptInputError("holds no tensors", file=file.path)
+    return Header(specs, hashlib.sha256(raw).hexdigest())
+
+
+class Entry(NamedTuple):
+    """Where an entry of the archive lies in the file, in bytes."""
+
+    offset: int
+    size: int
+
+
+def entries_of(file: InputFile) -> tuple[dict[str, Entry], Entry]:
+    """Return where each storage lies, by its key, and the pickle.
+
+    Raises:
+        UnsafeInputError: The zip is not what ``torch.save`` writes.
+        CorruptInputError: It is no zip archive, or is cut off.
+        IncompatibleModelsError: It was saved on a big-endian machine.
+    """
     try:
         archive = zipfile.ZipFile(io.BufferedReader(_Stream(file)))
     except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError):
@@ -58,26 +84,10 @@ def read_pickled(file: InputFile, name: str, known: KnownHeaders | None = None) 
             file=file.path,
             remedy=_SAVE_AGAIN,
         ) from None
-    storages, pickle = _entries(archive, file)
-    raw = bytearray(pickle.size)
-    file.read_into(memoryview(raw), pickle.offset)
-    specs = [_spec(row, storages, file, name) for row in _describe(bytes(raw), file)]
-    if not specs:
-        raise CorruptInputError("holds no tensors", file=file.path)
-    return Header(specs, hashlib.sha256(raw).hexdigest())
-
-
-class _Entry(NamedTuple):
-    offset: int
-    size: int
-
-
-def _entries(archive: zipfile.ZipFile, file: InputFile) -> tuple[dict[str, _Entry], _Entry]:
-    """Return where each storage lies, by its key, and the pickle."""
     infos = archive.infolist()
     if len(infos) > MAX_ENTRIES:
         raise UnsafeInputError(f"has {len(infos)} entries", file=file.path, remedy=_SAVE_AGAIN)
-    found: dict[str, _Entry] = {}
+    found: dict[str, Entry] = {}
     root = infos[0].filename.split("/")[0] if infos else ""
     for info in infos:
         top, _, inner = info.filename.partition("/")
@@ -104,7 +114,7 @@ def _entries(archive: zipfile.ZipFile, file: InputFile) -> tuple[dict[str, _Entr
     }, pickle
 
 
-def _locate(info: zipfile.ZipInfo, file: InputFile) -> _Entry:
+def _locate(info: zipfile.ZipInfo, file: InputFile) -> Entry:
     """Find the first byte of an entry behind its local header."""
     end = info.header_offset + _LOCAL_HEADER.size
     if not 0 <= info.header_offset <= file.stamp.size - _LOCAL_HEADER.size:
@@ -115,7 +125,7 @@ def _locate(info: zipfile.ZipInfo, file: InputFile) -> _Entry:
     offset = end + name_length + extra_length
     if signature != b"PK\x03\x04" or offset + info.file_size > file.stamp.size:
         raise CorruptInputError(f"the entry '{info.filename}' is cut off", file=file.path)
-    return _Entry(offset, info.file_size)
+    return Entry(offset, info.file_size)
 
 
 def _describe(pickle: bytes, file: InputFile) -> list[list[object]]:
@@ -138,21 +148,28 @@ def _describe(pickle: bytes, file: InputFile) -> list[list[object]]:
     return rows
 
 
-def _spec(
-    row: list[object], storages: dict[str, _Entry], file: InputFile, shard: str
+def spec_of(
+    row: list[object], storages: dict[str, Entry], file: InputFile, shard: str
 ) -> TensorSpec:
     """Check one described tensor against the storage it names."""
     name, code, key, elements, offset, shape, stride = row
     assert isinstance(name, str)  # noqa: S101 - the child checks what it prints
     assert isinstance(shape, list)  # noqa: S101 - the child checks what it prints
-    dtype, storage = DTYPES[str(code)], storages.get(str(key))
+    assert isinstance(stride, list)  # noqa: S101 - the child checks what it prints
+    dtype, storage = DTYPES.get(str(code)), storages.get(str(key))
+    if escape(name) != name:
+        raise CorruptInputError("its name holds control characters", file=file.path, tensor=name)
+    if dtype is None or dtype.bits % 8:
+        raise CorruptInputError(f"has the unknown dtype {code!s:.30}", file=file.path, tensor=name)
+    if len(shape) > _MOST_DIMENSIONS or max(shape, default=0) > file.stamp.size:
+        raise CorruptInputError("has an impossible shape", file=file.path, tensor=name)
     size = dtype.bits // 8
     if storage is None or type(elements) is not int or elements * size > storage.size:
         raise CorruptInputError("its storage is missing or cut off", file=file.path, tensor=name)
     count = math.prod(shape)
     if type(offset) is not int or not 0 <= offset <= elements - count:
         raise CorruptInputError("lies outside its storage", file=file.path, tensor=name)
-    if count > 1 and not _contiguous(shape, stride):
+    if count > 1 and not (len(shape) == len(stride) and _contiguous(shape, stride)):
         raise IncompatibleModelsError(
             "is stored transposed or strided", file=file.path, tensor=name, remedy=_SAVE_AGAIN
         )
@@ -160,9 +177,9 @@ def _spec(
     return TensorSpec(name, dtype, tuple(shape), shard, position, count * size)
 
 
-def _contiguous(shape: list[int], stride: object) -> bool:
+def _contiguous(shape: list[int], stride: list[int]) -> bool:
     expected = 1
-    for size, step in reversed(list(zip(shape, stride, strict=True))):  # type: ignore[call-overload]
+    for size, step in reversed(list(zip(shape, stride, strict=True))):
         if size > 1 and step != expected:
             return False
         expected *= size

@@ -18,6 +18,8 @@ A tensor takes 8 values and 100 bytes. In a hostile text a value may take 2 byte
 Python needs 350 bytes of memory, and every byte 4 where the text holds one rare character.
 """
 
+DEEPEST_SETTINGS = 100
+
 _MAYBE_NEGATIVE = re.compile(r"[\[,:]\s*-")
 
 
@@ -71,6 +73,32 @@ def loads(
     except ValueError as error:
         raise StrictJsonError(str(error)) from None
     return parsed
+
+
+def settings(raw: bytes) -> object:
+    """Parse a configuration as Python does, so far as it can be written again.
+
+    Others' writers leave ``NaN`` and keys twice in theirs, and their readers take them.
+
+    Raises:
+        ValueError: It is not JSON.
+        StrictJsonError: It holds a lone surrogate, or is nested deeper than any configuration.
+    """
+    try:
+        parsed: object = json.loads(raw)
+    except RecursionError:
+        raise StrictJsonError("nested too deeply") from None
+    _refuse_depth(parsed, DEEPEST_SETTINGS)
+    _refuse_surrogates(parsed)
+    return parsed
+
+
+def _refuse_depth(value: object, left: int) -> None:
+    if isinstance(value, dict | list):
+        if not left:
+            raise StrictJsonError("nested too deeply")
+        for inner in value.values() if isinstance(value, dict) else value:
+            _refuse_depth(inner, left - 1)
 
 
 def _pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:

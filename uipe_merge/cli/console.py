@@ -142,7 +142,9 @@ class Bar:
     def advance(self, written: int, shard: str) -> None:
         """Move the bar."""
         if self._task is not None:
-            self._progress.update(self._task, advance=written, description=escape_markup(shard))
+            self._progress.update(
+                self._task, advance=written, description=escape_markup(escape(shard))
+            )
 
     def close(self) -> None:
         """Leave the bar as it stands."""

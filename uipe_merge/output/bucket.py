@@ -17,7 +17,7 @@ from uipe_merge.checkpoint.storage import read_document, system_error
 from uipe_merge.checkpoint.urls import RemoteFolder
 from uipe_merge.errors import OutputError, RemoteError, UsageError, listed
 from uipe_merge.output.filesystem import write_document
-from uipe_merge.output.manifest import MANIFEST_NAME, parse_manifest
+from uipe_merge.output.manifest import LARGEST_MANIFEST, MANIFEST_NAME, parse_manifest
 from uipe_merge.output.staging import Staging, hash_file
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 IN_HAND = 3
 """Shards on the local disk at once: two being made, one being uploaded."""
 
-LARGEST_MANIFEST = 2**30
 _REPLACED = "replaced"  # in the partial directory: what the model that is replaced consists of
 _UPLOADS = 2
 

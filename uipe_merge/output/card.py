@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from uipe_merge.checkpoint.hub import unpinned
 from uipe_merge.checkpoint.storage import read_document
-from uipe_merge.errors import OutputError, UipeMergeError
+from uipe_merge.errors import OutputError, UipeMergeError, escape
 
 if TYPE_CHECKING:
     from uipe_merge.checkpoint.model import Checkpoint
@@ -107,14 +107,15 @@ def encode_card(
         "tags": ["unlearning", "uipe", "lora" if adapter else "merge"],
     }
     data = ModelCardData(**fields)
+    shown = [escape(name).replace("`", "'") for name in ids]  # names that stay in their line
     lines = [
         "---",
         data.to_yaml().rstrip("\n"),
         "---",
         "",
-        f"# {ids[1]}, extrapolated with α = {summary.asked}",
+        f"# {shown[1]}, extrapolated with α = {summary.asked}",
         "",
-        *(_ADAPTER_TEXT if adapter else text).format(*ids).split("\n"),
+        *(_ADAPTER_TEXT if adapter else text).format(*shown).split("\n"),
         "",
         "```bash",
         command,

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 MANIFEST_NAME = "uipe_merge.json"
 SCHEMA = 1
 
+LARGEST_MANIFEST = 2**28
+"""Bytes: of a model of a million tensors."""
+
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -63,6 +66,10 @@ def read_manifest(directory: Path) -> tuple[dict[str, object], dict[str, FileRec
                 file=directory,
                 remedy="name a directory written by uipe-merge",
             )
+        if path.stat().st_size > LARGEST_MANIFEST:
+            raise CorruptInputError(
+                f"has more than the {LARGEST_MANIFEST} bytes such a file may have", file=path
+            )
         return parse_manifest(path.read_bytes(), path)
     except OSError as error:
         raise system_error(error, path) from None
@@ -94,6 +101,10 @@ def _record(path: object, name: str, entry: object) -> FileRecord:
     safe = bool(name) and not name.startswith("/") and ".." not in name.split("/")
     size = entry.get("size") if isinstance(entry, dict) else None
     digest = entry.get("sha256") if isinstance(entry, dict) else None
-    if not (safe and type(size) is int and isinstance(digest, str) and _DIGEST.fullmatch(digest)):
+    if not (
+        safe
+        and (type(size) is int and size >= 0)
+        and (isinstance(digest, str) and _DIGEST.fullmatch(digest))
+    ):
         raise CorruptInputError(f"has a damaged entry for '{name}'", file=path)
     return FileRecord(size, digest)
