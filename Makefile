@@ -51,7 +51,7 @@ $(RUN_OK): $(VENV_OK) $(BUILT_FROM)
 
 # Includes all of the above, hence both stamps.
 $(DEV_OK): $(VENV_OK) $(BUILT_FROM)
-	@$(PIP) -c constraints.txt -e '.[plot,study,docs,dev]'
+	@$(PIP) -c constraints.txt -e '.[plot,study,lm-eval,mergekit,ray,docs,dev]'
 	@touch $(RUN_OK) $@
 
 # ---------------------------------------------------------------------- use
