@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from uipe_merge._version import __version__
 from uipe_merge.checkpoint.storage import system_error
-from uipe_merge.cli import collect, demo, evaluate, grid, inspect, merge, search, verify
+from uipe_merge.cli import collect, demo, evaluate, finish, grid, inspect, merge, search, verify
 from uipe_merge.cli.console import Output
 from uipe_merge.errors import UipeMergeError
 
@@ -53,6 +53,7 @@ app = typer.Typer(
     ),
 )
 app.command("merge", short_help="Write θᵤ + α·(θᵤ − θ₀) as a new model (the default).")(merge.merge)
+app.command("finish", short_help="Publish what slices of a merge have made.")(finish.finish)
 app.command("grid", short_help="Write a model for every α in one reading.")(grid.grid)
 app.command("collect", short_help="Show a grid's scores, and choose α.")(collect.collect)
 app.command("search", short_help="Look for the best α under a constraint.")(search.search)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from uipe_merge.cli.console import Output
 from uipe_merge.cli.merge_shown import show_plan, show_report
+from uipe_merge.cli.finish import show_slice
 from uipe_merge.cli.options import (
     Add,
     AllowPickle,
@@ -22,6 +23,7 @@ from uipe_merge.cli.options import (
     DryRun,
     Dtype,
     Energy,
+    ExecutorOption,
     GranularityOption,
     MaxAlpha,
     MaxShardSize,
@@ -34,13 +36,16 @@ from uipe_merge.cli.options import (
     Quiet,
     Rank,
     RankAll,
+    RayAddress,
     Recipe,
     RoundingOption,
     Seed,
+    SliceOption,
     Threads,
     Unlearned,
     Verbose,
 )
+from uipe_merge.errors import UsageError
 from uipe_merge.steering import GRANULARITY, MAX_ALPHA, MIN_COS
 
 
@@ -73,6 +78,9 @@ def merge(
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = None,
+    executor: ExecutorOption = "threads",
+    ray_address: RayAddress = None,
+    part: SliceOption = None,
     overwrite: Overwrite = False,
     allow_pickle: AllowPickle = False,
     dequantize: Dequantize = False,
@@ -82,15 +90,21 @@ def merge(
     verbose: Verbose = False,
 ) -> None:
     """Write θᵤ + α·(θᵤ − θ₀) as a new model."""
-    from uipe_merge import api, job, running
+    from uipe_merge import api, job, running, slicing
     from uipe_merge.executors import make_executor
     from uipe_merge.output.filesystem import LocalFileSystem
+    from uipe_merge.output.slices import parse_slice
     from uipe_merge.recipe import parse_gradient, parse_layers, parse_rule
     from uipe_merge.recipe_file import write_recipe
     from uipe_merge.settling import preview
     from uipe_merge.steering import Steering, parse_added, parse_protected, parse_update
 
     out = Output(quiet=quiet, verbose=verbose, as_json=as_json)
+    one = None if part is None else parse_slice(part)
+    if ray_address is not None and executor != "ray":
+        raise UsageError("--ray-address without --executor ray", remedy="add it, or leave both out")
+    if one is not None and executor == "ray":
+        raise UsageError("--slice with --executor ray", remedy="choose one of the two")
     asked = api.make_recipe(
         alpha=alpha,
         alpha_rules=tuple(map(parse_rule, alpha_rule or ())),
@@ -131,11 +145,22 @@ def merge(
         dequantize=dequantize,
         device=device,
     )
-    executor = make_executor(threads, remote=prepared.remote)
+    here = make_executor(None if executor == "ray" else threads, remote=prepared.remote)
+    filesystem = LocalFileSystem()
     if dry_run:
-        job.require_startable(prepared)
-        groups = [] if prepared.download_bytes else preview(prepared, executor, out.progress())
-        show_plan(out, prepared, executor.width, groups)
-        return
-    report = running.run(prepared, executor, LocalFileSystem(), out.progress())
-    show_report(out, report)
+        if one is None:
+            job.require_startable(prepared)
+        else:
+            slicing.require_startable(prepared, one, filesystem)
+        groups = [] if prepared.download_bytes else preview(prepared, here, out.progress())
+        show_plan(out, prepared, here.width, groups, one)
+    elif one is not None:
+        show_slice(out, slicing.run_slice(prepared, one, here, filesystem, out.progress()), one)
+    elif executor == "ray":
+        from uipe_merge.integrations.ray import cluster  # imports Ray
+
+        with cluster(prepared, ray_address, threads) as workers:
+            report = running.run(prepared, here, filesystem, out.progress(), workers)
+        show_report(out, report)
+    else:
+        show_report(out, running.run(prepared, here, filesystem, out.progress()))

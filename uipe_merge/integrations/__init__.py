@@ -1,0 +1,1 @@
+"""Other programs' worlds: each module needs the extra of its name."""
