@@ -31,11 +31,14 @@ LAYERS: list[set[str]] = [
     {"inspection"},
     {"gridding"},
     {"grids"},
+    {"integrations"},
+    {"slicing"},
     {"running"},
     {"finishing"},
     {"settling"},
     {"job"},
     {"decomposing", "measuring"},
+    {"spreading"},
     {"engine"},
     {"fetching"},
     {"inputs"},
@@ -247,7 +250,7 @@ def test_every_library_is_declared() -> None:
         project = tomllib.load(file)["project"]
     requirements = project["dependencies"] + [
         requirement
-        for extra in ("plot", "study")
+        for extra in ("plot", "study", "ray")
         for requirement in project["optional-dependencies"][extra]
     ]
     names = {re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower() for requirement in requirements}

@@ -78,7 +78,8 @@ def run_all(
             locks.enter_context(hold(staging.partial))
         done = _write_all(jobs, stagings, executor, filesystem, progress, cluster)
     return [
-        report_of(job, *each, time.monotonic() - began) for job, each in zip(jobs, done, strict=True)
+        report_of(job, *each, time.monotonic() - began)
+        for job, each in zip(jobs, done, strict=True)
     ]
 
 

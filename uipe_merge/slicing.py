@@ -113,7 +113,7 @@ def require_startable(job: Job, part: Slice, filesystem: FileSystem) -> None:
     """
     require_sliceable(job)
     whole = job.staging(filesystem)
-    Slices(filesystem, whole).require_own(_shared_identity(job, part.count))
+    Slices(filesystem, whole).require_own(_shared_identity(job, part.total))
     _require_room(job, whole)
 
 
@@ -127,33 +127,45 @@ def run_slice(
         OutputLockedError: This very slice runs already, or another run is writing this output.
         UipeMergeError: As for ``running.run``.
     """
+    from uipe_merge.engine import require_unchanged, write_shards  # imports numpy
+
     began = time.monotonic()
     require_sliceable(job)
     whole = job.staging(filesystem)
     if _is_published(job):
-        return finish(job, part.count, executor, filesystem, progress)
+        return finish(job, part.total, executor, filesystem, progress)
     slices = Slices(filesystem, whole)
     _require_room(job, whole)
     fetch(job.wanted, job.pair)
-    slices.enter(_shared_identity(job, part.count), _request(job), write_recipe(job.plan.recipe))
+    slices.enter(_shared_identity(job, part.total), _request(job), write_recipe(job.plan.recipe))
     staging = SliceStaging(filesystem, whole, part)
-    indices = divide(job.plan, part.count)[part.number - 1]
+    indices = divide(job.plan, part.total)[part.number - 1]
     with hold(staging.partial):
-        staging.begin({**_shared_identity(job, part.count), "slice": part.number})
+        staging.begin({**_shared_identity(job, part.total), "slice": part.number})
         try:
             settled = _settle(job, whole, executor, filesystem, progress)
-            _write(job, settled, indices, staging, executor, filesystem, progress)
+            plan = settled.plan._replace(shards=[settled.plan.shards[index] for index in indices])
+            if indices:
+                write_shards(
+                    [plan],
+                    settled.pair,
+                    [staging],
+                    filesystem,
+                    executor,
+                    progress,
+                    block=job.block,
+                    device=job.device,
+                )
+                require_unchanged(job.pair)
         except (NumericError, CorruptInputError):
             staging.discard()  # it would fail again: there is nothing to go on with
             raise
         finally:
             progress.close()
             staging.clear()
-    names = [job.plan.shards[index].name for index in indices]
-    sizes = [job.plan.shards[index].size for index in indices]
-    made = [size for name, size in zip(names, sizes, strict=True) if name not in staging.done]
+    made = [shard.size for shard in plan.shards if shard.name not in staging.done]
     # The lock of this slice is free again: whoever publishes must know that nothing runs.
-    report = finish(job, part.count, executor, filesystem, progress)
+    report = finish(job, part.total, executor, filesystem, progress)
     return replace(
         report,
         shards=len(made),
@@ -209,11 +221,11 @@ class Begun(NamedTuple):
 
     Attributes:
         job: The merge.
-        count: How many slices there are.
+        total: How many slices there are.
     """
 
     job: Job
-    count: int
+    total: int
 
 
 def find(output: str, filesystem: FileSystem) -> Begun | None:
@@ -260,32 +272,6 @@ def missing_error(report: SliceReport) -> OutputError:
         file=report.output,
         remedy="run these slices again",
     )
-
-
-def _write(
-    job: Job,
-    settled: Settled,
-    indices: list[int],
-    staging: SliceStaging,
-    executor: Executor,
-    filesystem: FileSystem,
-    progress: Progress,
-) -> None:
-    from uipe_merge.engine import require_unchanged, write_shards  # imports numpy
-
-    plan = settled.plan._replace(shards=[settled.plan.shards[index] for index in indices])
-    if plan.shards:
-        write_shards(
-            [plan],
-            settled.pair,
-            [staging],
-            filesystem,
-            executor,
-            progress,
-            block=job.block,
-            device=job.device,
-        )
-        require_unchanged(job.pair)
 
 
 def _settle(
@@ -336,8 +322,10 @@ def _shared_identity(job: Job, count: int) -> dict[str, object]:
 
 def _request(job: Job) -> dict[str, object]:
     """Return the arguments of a job, for ``finish``."""
-    named = [*job.arguments, job.named, *job.names.values()]
-    local = any(not os.path.isabs(name) and Path(name).exists() for name in named)
+    inputs = [
+        path for name in (*job.arguments, *job.names.values()) if (path := Path(name)).exists()
+    ]
+    local = not all(path.is_absolute() for path in (Path(job.named), *inputs))
     return {
         "original": job.arguments[0],
         "unlearned": job.arguments[1],

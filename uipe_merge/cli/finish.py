@@ -33,7 +33,7 @@ def finish(
         out.note(f"{output} is published already")
         return
     executor = make_executor(None, remote=begun.job.remote)
-    report = slicing.finish(begun.job, begun.count, executor, filesystem, out.progress())
+    report = slicing.finish(begun.job, begun.total, executor, filesystem, out.progress())
     if report.missing:
         raise slicing.missing_error(report)
     show_slice(out, report, None)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from uipe_merge.cli.console import Output
-from uipe_merge.cli.merge_shown import show_plan, show_report
 from uipe_merge.cli.finish import show_slice
+from uipe_merge.cli.merge_shown import show_plan, show_report
 from uipe_merge.cli.options import (
     Add,
     AllowPickle,

@@ -112,7 +112,7 @@ class _Share(NamedTuple):
 def _share(job: Job, part: Slice) -> _Share:
     from uipe_merge.slicing import divide
 
-    shards = [job.plan.shards[index] for index in divide(job.plan, part.count)[part.number - 1]]
+    shards = [job.plan.shards[index] for index in divide(job.plan, part.total)[part.number - 1]]
     plan = job.plan._replace(shards=shards)
     return _Share([shard.name for shard in shards], plan.read_bytes, plan.write_bytes)
 

@@ -106,7 +106,8 @@ Device = Annotated[
     str, typer.Option(help="cuda for singular vectors, and for what is not compiled.")
 ]
 Threads = Annotated[
-    int | None, typer.Option(min=1, max=256, help="Threads, or Ray workers. [default: two a core, at most 8]")
+    int | None,
+    typer.Option(min=1, max=256, help="Threads, or Ray workers. [default: two a core, at most 8]"),
 ]
 ExecutorOption = Annotated[
     Literal["threads", "ray"],
@@ -115,7 +116,7 @@ ExecutorOption = Annotated[
 RayAddress = Annotated[
     str | None,
     typer.Option(
-        metavar="HOST:PORT", help="The cluster. [default: RAY_ADDRESS, else one on this machine]"
+        metavar="HOST:PORT", help="The cluster, or auto: this node's. [default: RAY_ADDRESS]"
     ),
 ]
 SliceOption = Annotated[

@@ -35,8 +35,8 @@ MOST_TRIES = 4
 
 _STARTING = 600.0  # seconds after which a cluster without a single worker is given up
 _TICK = 1.0  # seconds at most between two looks at signals
+_CLOSING = 10.0  # seconds that workers get to close what they hold
 _GRACE = 2.0  # seconds that workers in hand get to end by themselves
-_STORE = 100 * 2**20  # bytes of shared memory of a cluster of our own: results are small
 
 
 @contextmanager
@@ -45,12 +45,12 @@ def cluster(job: Job, address: str | None, width: int | None) -> Iterator[RayExe
 
     Args:
         job: What will be run there.
-        address: ``HOST:PORT`` of the cluster; ``None`` for the one that RAY_ADDRESS names, or
-            else one on this machine that ends with the body.
+        address: ``HOST:PORT`` of the cluster, or ``auto`` for one that this machine is a node of;
+            ``None`` for the one that RAY_ADDRESS names.
         width: Workers at most; by default one for each processor.
 
     Raises:
-        UsageError: Ray is not installed, or the address or the job is of a kind that it cannot be.
+        UsageError: Ray is not installed, no cluster is named, or the job cannot be run on one.
         RemoteError: The cluster cannot be reached.
     """
     if job.plan.recipe.steering.low_rank and isinstance(
@@ -62,25 +62,29 @@ def cluster(job: Job, address: str | None, width: int | None) -> Iterator[RayExe
             file=job.named,
             remedy="name a directory that all nodes share, or leave out --executor ray",
         )
-    _connect(address)
+    ray = _import_ray()
+    # Ray would start one on this machine, open to the network, where threads do as well.
+    named = address or os.environ.get("RAY_ADDRESS")
+    if not named:
+        raise UsageError(
+            "--executor ray without a cluster",
+            remedy="name it by --ray-address HOST:PORT or RAY_ADDRESS; `ray start` starts one",
+        )
+    if "://" in named:
+        raise UsageError(
+            f"the address '{named}' is not of the kind HOST:PORT",
+            remedy="run on a node of the cluster, or a machine that sees its file system",
+        )
+    _connect(ray, named)
     try:
-        import ray
-
         yield RayExecutor(width or int(ray.cluster_resources().get("CPU", 1)), job.device)
     finally:
-        import ray
-
         ray.shutdown()
 
 
-def _connect(address: str | None) -> None:
-    if address is not None and "://" in address:
-        raise UsageError(
-            f"the address '{address}' is not of the kind HOST:PORT",
-            remedy="run on a node of the cluster, or a machine that sees its file system",
-        )
+def _import_ray() -> Any:  # noqa: ANN401 - a module
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "3")  # tries, of some ten seconds
     try:
         import ray
     except ImportError:
@@ -88,26 +92,22 @@ def _connect(address: str | None) -> None:
             "--executor ray needs Ray, which is not installed",
             remedy="`pip install 'uipe-merge[ray]'`",
         ) from None
-    known = address or os.environ.get("RAY_ADDRESS")
-    own: dict[str, Any] = {"object_store_memory": _STORE, "_node_ip_address": "127.0.0.1"}
+    return ray
+
+
+def _connect(ray: Any, address: str) -> None:  # noqa: ANN401 - a module
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        ray.init(
-            address=known or "local",
-            include_dashboard=None if known else False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            **({} if known else own),
-        )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
+        ray.init(address=address, log_to_driver=False, logging_level="CRITICAL")
+    except Exception as error:  # noqa: BLE001 - it raises bare ones
         raise RemoteError(
-            f"cannot be reached: {reason}",
-            file=f"the Ray cluster at {known}" if known else "a Ray cluster on this machine",
-            remedy="check the address, and that its Ray and Python are of this version",
+            f"cannot be reached: {' '.join(str(error).split())}",
+            file=f"the Ray cluster at {address}",
+            remedy="check the address, and that Ray and Python are of the same version there",
         ) from None
     finally:
         for number, handler in handlers.items():
-            with suppress(ValueError):  # not in the main thread: Ray changed nothing either
+            with suppress(ValueError):  # not in the main thread, where Ray changes nothing either
                 signal.signal(number, handler)
 
 
@@ -171,7 +171,7 @@ class _Crew(Generic[Item, Result]):
     ) -> None:
         import ray
 
-        self._ray = ray
+        self._ray: Any = ray
         self._items = iter(items)
         self._again: deque[_Task] = deque()
         self._posts: list[_Post] = []
@@ -179,7 +179,8 @@ class _Crew(Generic[Item, Result]):
         self._started = False
         self._stillborn = 0  # workers that died before they were made, one after the other
         self._made_by = ray.put(make_worker)
-        self._actor = ray.remote(_Actor).options(
+        remote: Any = ray.remote(_Actor)
+        self._actor = remote.options(
             num_cpus=1,
             num_gpus=gpus,
             max_restarts=0,
@@ -213,9 +214,11 @@ class _Crew(Generic[Item, Result]):
     def dismiss(self) -> None:
         """Close the workers: those that are in the middle of something after a moment."""
         with suppress(Exception):  # the cluster may be gone; what ended the run is what counts
-            closing = [post.handle.close.remote() for post in self._posts]
-            if closing:
-                self._ray.wait(closing, num_returns=len(closing), timeout=_GRACE)
+            closing = {post.handle.close.remote(): post for post in self._posts}
+            idle = [reference for reference, post in closing.items() if post.pending is None]
+            for references, seconds in ((idle, _CLOSING), (list(closing), _GRACE)):
+                if references:
+                    self._ray.wait(references, num_returns=len(references), timeout=seconds)
             for post in self._posts:
                 self._ray.kill(post.handle)
         self._posts = []

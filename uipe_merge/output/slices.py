@@ -45,16 +45,16 @@ class Slice(NamedTuple):
 
     Attributes:
         number: Which, from 1.
-        count: Of how many.
+        total: Of how many.
     """
 
     number: int
-    count: int
+    total: int
 
     @property
     def text(self) -> str:
         """The slice as the command line takes it."""
-        return f"{self.number}/{self.count}"
+        return f"{self.number}/{self.total}"
 
 
 def parse_slice(text: str) -> Slice:
@@ -64,12 +64,12 @@ def parse_slice(text: str) -> Slice:
         UsageError: It is no slice.
     """
     match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
-    number, count = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not 1 <= number <= count <= MOST_SLICES:
+    number, total = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= number <= total <= MOST_SLICES:
         raise UsageError(
             f"'{text}' is no slice", remedy="name one of N slices as i/N, from 1/N to N/N"
         )
-    return Slice(number, count)
+    return Slice(number, total)
 
 
 class SliceStaging(Staging):
@@ -77,7 +77,7 @@ class SliceStaging(Staging):
 
     def __init__(self, filesystem: FileSystem, whole: Staging, part: Slice) -> None:
         """Name the paths; nothing is touched yet."""
-        directory = whole.partial / SLICES / f"{part.number}-of-{part.count}"
+        directory = whole.partial / SLICES / f"{part.number}-of-{part.total}"
         super().__init__(filesystem, whole.output, directory)
         self.model = directory / f"model.{secrets.token_hex(4)}"
         self.measured = whole.measured

@@ -152,6 +152,7 @@ class Staging:
     def delivered(self, name: str) -> Stamp | None:
         """Return what ``accept`` has to know of a shard that an attempt delivered; here nothing."""
         del name
+        return None
 
     def accept(self, token: str, record: ShardRecord, stamp: Stamp | None) -> None:
         """Take a shard that an attempt made.
