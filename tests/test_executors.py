@@ -5,7 +5,7 @@ import resource
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -56,6 +56,9 @@ def _no_thread_is_left() -> Iterator[None]:
     assert set(threading.enumerate()) <= before
 
 
+Make = Callable[..., Recorder]
+
+
 class ExecutorContract(ABC):
     """Subclassed by each implementation."""
 
@@ -63,19 +66,24 @@ class ExecutorContract(ABC):
     @abstractmethod
     def executor(self) -> Executor: ...
 
-    def test_every_item_is_done_once(self, executor: Executor) -> None:
-        recorder = Recorder()
+    @pytest.fixture
+    def recording(self) -> Make:
+        """Makes recorders; workers in other processes need one that writes down what happens."""
+        return Recorder
+
+    def test_every_item_is_done_once(self, executor: Executor, recording: Make) -> None:
+        recorder = recording()
         results = list(executor.run(recorder.make, range(100)))
         assert sorted(results) == [number**2 for number in range(100)]
         assert sorted(recorder.done) == list(range(100))
 
     @pytest.mark.parametrize("count", [0, 1])
-    def test_few_items_are_fine(self, executor: Executor, count: int) -> None:
-        recorder = Recorder()
+    def test_few_items_are_fine(self, executor: Executor, recording: Make, count: int) -> None:
+        recorder = recording()
         assert list(executor.run(recorder.make, range(count))) == [0] * count
         assert {worker.closed for worker in recorder.made} == {1}
 
-    def test_items_are_taken_in_order(self, executor: Executor) -> None:
+    def test_items_are_taken_in_order(self, executor: Executor, recording: Make) -> None:
         taken: list[int] = []
 
         def items() -> Iterator[int]:
@@ -83,11 +91,13 @@ class ExecutorContract(ABC):
                 taken.append(number)
                 yield number
 
-        results = list(executor.run(Recorder().make, items()))
+        results = list(executor.run(recording().make, items()))
         assert taken == list(range(50))
         assert len(results) == 50
 
-    def test_items_are_taken_by_one_thread_at_a_time(self, executor: Executor) -> None:
+    def test_items_are_taken_by_one_thread_at_a_time(
+        self, executor: Executor, recording: Make
+    ) -> None:
         inside = 0
 
         def items() -> Iterator[int]:
@@ -99,27 +109,29 @@ class ExecutorContract(ABC):
                 inside -= 1
                 yield number
 
-        assert len(list(executor.run(Recorder().make, items()))) == 20
+        assert len(list(executor.run(recording().make, items()))) == 20
 
     def test_there_are_no_more_workers_than_the_width_and_all_are_closed_once(
-        self, executor: Executor
+        self, executor: Executor, recording: Make
     ) -> None:
-        recorder = Recorder()
+        recorder = recording()
         list(executor.run(recorder.make, range(30)))
         assert 1 <= len(recorder.made) <= executor.width
         assert [worker.closed for worker in recorder.made] == [1] * len(recorder.made)
 
-    def test_the_first_exception_is_raised_and_ends_the_run(self, executor: Executor) -> None:
-        recorder = Recorder(fail_at=(10,))
+    def test_the_first_exception_is_raised_and_ends_the_run(
+        self, executor: Executor, recording: Make
+    ) -> None:
+        recorder = recording(fail_at=(10,))
         with pytest.raises(ValueError, match="item 10"):
             list(executor.run(recorder.make, itertools.count()))  # there is no other end
         assert set(range(10)) <= set(recorder.done)
         assert all(worker.closed == 1 for worker in recorder.made)
 
     def test_results_before_the_exception_may_come_and_none_after_it(
-        self, executor: Executor
+        self, executor: Executor, recording: Make
     ) -> None:
-        recorder = Recorder(fail_at=(10,))
+        recorder = recording(fail_at=(10,))
         results = executor.run(recorder.make, range(100))
         seen: list[int] = []
         with pytest.raises(ValueError, match="item 10"):
@@ -127,21 +139,25 @@ class ExecutorContract(ABC):
         assert set(seen) <= {number**2 for number in recorder.done}
         assert list(results) == []
 
-    def test_an_exception_in_the_items_is_raised(self, executor: Executor) -> None:
+    def test_an_exception_in_the_items_is_raised(self, executor: Executor, recording: Make) -> None:
         def items() -> Iterator[int]:
             yield 1
             raise LookupError("no more shards")
 
-        recorder = Recorder()
+        recorder = recording()
         with pytest.raises(LookupError, match="no more shards"):
             list(executor.run(recorder.make, items()))
         assert all(worker.closed == 1 for worker in recorder.made)
 
-    def test_a_worker_that_cannot_be_made_is_an_error(self, executor: Executor) -> None:
+    def test_a_worker_that_cannot_be_made_is_an_error(
+        self, executor: Executor, recording: Make
+    ) -> None:
         with pytest.raises(MemoryError, match="no worker"):
-            list(executor.run(Recorder(fail_making=True).make, range(10)))
+            list(executor.run(recording(fail_making=True).make, range(10)))
 
-    def test_an_exception_that_is_no_error_comes_through(self, executor: Executor) -> None:
+    def test_an_exception_that_is_no_error_comes_through(
+        self, executor: Executor, recording: Make
+    ) -> None:
         def fail() -> Squarer:
             raise KeyboardInterrupt
 
@@ -149,24 +165,26 @@ class ExecutorContract(ABC):
             list(executor.run(fail, range(10)))
 
     def test_closing_the_iterator_stops_the_run_and_closes_all_workers(
-        self, executor: Executor
+        self, executor: Executor, recording: Make
     ) -> None:
-        recorder = Recorder()
+        recorder = recording()
         results = executor.run(recorder.make, itertools.count())
         next(results)
         results.close()
         assert recorder.made
         assert all(worker.closed == 1 for worker in recorder.made)
 
-    def test_nothing_happens_before_the_first_result_is_asked_for(self, executor: Executor) -> None:
-        recorder = Recorder()
+    def test_nothing_happens_before_the_first_result_is_asked_for(
+        self, executor: Executor, recording: Make
+    ) -> None:
+        recorder = recording()
         executor.run(recorder.make, range(10)).close()
         assert not recorder.made
         assert not recorder.done
 
-    def test_it_can_run_again(self, executor: Executor) -> None:
+    def test_it_can_run_again(self, executor: Executor, recording: Make) -> None:
         for _ in range(3):
-            assert sorted(executor.run(Recorder().make, range(3))) == [0, 1, 4]
+            assert sorted(executor.run(recording().make, range(3))) == [0, 1, 4]
 
 
 class TestSerial(ExecutorContract):

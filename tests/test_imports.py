@@ -36,12 +36,14 @@ LAYERS: list[set[str]] = [
     {"inspection"},
     {"gridding"},
     {"grids"},
+    {"slicing"},
     {"running"},
     {"finishing"},
     {"rehearsing"},
     {"settling"},
     {"job"},
     {"decomposing", "measuring"},
+    {"spreading"},
     {"engine"},
     {"fetching"},
     {"inputs"},
@@ -257,7 +259,7 @@ def test_every_library_is_declared() -> None:
         project = tomllib.load(file)["project"]
     requirements = project["dependencies"] + [
         requirement
-        for extra in ("plot", "study", "lm-eval", "mergekit")
+        for extra in ("plot", "study", "lm-eval", "mergekit", "ray")
         for requirement in project["optional-dependencies"][extra]
     ]
     names = {re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower() for requirement in requirements}

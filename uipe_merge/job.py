@@ -48,6 +48,7 @@ PathLike = str | os.PathLike[str]
 
 _COMMANDS = (
     "merge",
+    "finish",
     "grid",
     "collect",
     "evaluate",
@@ -108,12 +109,21 @@ class Job:
         words = ["uipe-merge", *(_operand(argument) for argument in named)]
         recipe = self.plan.recipe.words(lambda name: self.names.get(name, name))
         words += [*recipe, "-o", self.named]
-        sides = self.pair.sides
-        if any(shard.name.endswith(".bin") for side in sides for shard in side.shards):
-            words.append("--allow-pickle")
-        if any(is_scaled(side) or side.config.get("quantization_config") for side in sides):
-            words.append("--dequantize")
+        words += ["--allow-pickle"] if self.pickled else []
+        words += ["--dequantize"] if self.quantised else []
         return shlex.join(words)
+
+    @property
+    def pickled(self) -> bool:
+        """Whether a checkpoint is pickled."""
+        shards = (shard for side in self.pair.sides for shard in side.shards)
+        return any(shard.name.endswith(".bin") for shard in shards)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether a checkpoint is, or says that it was, quantised."""
+        sides = self.pair.sides
+        return any(is_scaled(side) or side.config.get("quantization_config") for side in sides)
 
     @property
     def _reads_remotely(self) -> bool:

@@ -25,7 +25,13 @@ if TYPE_CHECKING:
     from uipe_merge.progress import Progress
 
 
-def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress) -> MergeReport:
+def run(
+    job: Job,
+    executor: Executor,
+    filesystem: FileSystem,
+    progress: Progress,
+    cluster: Executor | None = None,
+) -> MergeReport:
     """Do a prepared merge, or what an interrupted run left of it, and publish the output.
 
     Args:
@@ -33,6 +39,7 @@ def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress
         executor: On what the blocks run.
         filesystem: Through what everything is written.
         progress: Told of every block.
+        cluster: On what whole shards are made instead, in other processes.
 
     Raises:
         NumericError: A value is not finite, or would not be.
@@ -41,13 +48,17 @@ def run(job: Job, executor: Executor, filesystem: FileSystem, progress: Progress
         OutputLockedError: Another run is writing this output.
         RemoteError: What has to be downloaded first cannot be had.
     """
-    [report] = run_all([job], executor, filesystem, progress)
+    [report] = run_all([job], executor, filesystem, progress, cluster)
     return report
 
 
 @torch_threads_kept()
 def run_all(
-    jobs: Sequence[Job], executor: Executor, filesystem: FileSystem, progress: Progress
+    jobs: Sequence[Job],
+    executor: Executor,
+    filesystem: FileSystem,
+    progress: Progress,
+    cluster: Executor | None = None,
 ) -> list[MergeReport]:
     """Do several merges of the same checkpoints, which are read once; as ``run``.
 
@@ -67,9 +78,10 @@ def run_all(
         for staging in stagings:
             staging.prepare()
             locks.enter_context(hold(staging.partial))
-        done = _write_all(jobs, stagings, executor, filesystem, progress)
+        done = _write_all(jobs, stagings, executor, filesystem, progress, cluster)
     return [
-        _report(job, *each, time.monotonic() - began) for job, each in zip(jobs, done, strict=True)
+        report_of(job, *each, time.monotonic() - began)
+        for job, each in zip(jobs, done, strict=True)
     ]
 
 
@@ -79,10 +91,13 @@ def _write_all(
     executor: Executor,
     filesystem: FileSystem,
     progress: Progress,
+    cluster: Executor | None,
 ) -> list[tuple[Settled, dict[str, ShardRecord], int]]:
     """Write and publish what is not published yet; of every job its steps, records, old shards."""
     from uipe_merge.engine import require_unchanged, write_shards  # imports numpy
+    from uipe_merge.spreading import spread_shards
 
+    write = write_shards if cluster is None else spread_shards
     owns = [identity(job) for job in jobs]
     published = [staging.was_published(own) for staging, own in zip(stagings, owns, strict=True)]
     todo = [number for number, there in enumerate(published) if not there]
@@ -100,12 +115,12 @@ def _write_all(
     try:
         settled = settle_all(jobs, stagings[0].measured, filesystem, executor, progress)
         if todo:
-            written = write_shards(
+            written = write(
                 [settled[number].plan for number in todo],
                 settled[-1].pair,
                 [stagings[number] for number in todo],
                 filesystem,
-                executor,
+                cluster or executor,
                 progress,
                 block=jobs[0].block,
                 device=jobs[0].device,
@@ -132,9 +147,10 @@ def _write_all(
     return list(zip(settled, records, resumed, strict=True))
 
 
-def _report(
+def report_of(
     job: Job, settled: Settled, records: dict[str, ShardRecord], resumed: int, seconds: float
 ) -> MergeReport:
+    """Return the report of a published merge."""
     summary, tensors, groups = results(settled, records)
     return MergeReport(
         output=job.output if job.folder is None else job.folder.location,

@@ -18,6 +18,7 @@ from uipe_merge.cli import (
     collect,
     demo,
     evaluate,
+    finish,
     grid,
     inspect,
     lm_eval,
@@ -65,6 +66,7 @@ app = typer.Typer(
     ),
 )
 app.command("merge", short_help="Write θᵤ + α·(θᵤ − θ₀) as a new model (the default).")(merge.merge)
+app.command("finish", short_help="Publish what slices of a merge have made.")(finish.finish)
 app.command("grid", short_help="Write a model for every α in one reading.")(grid.grid)
 app.command("collect", short_help="Show a grid's scores, and choose α.")(collect.collect)
 app.command("search", short_help="Look for the best α under a constraint.")(search.search)

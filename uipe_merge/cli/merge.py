@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from uipe_merge.cli.console import Output
+from uipe_merge.cli.finish import show_slice
 from uipe_merge.cli.merge_shown import show_plan, show_report
 from uipe_merge.cli.options import (
     Add,
@@ -28,6 +29,7 @@ from uipe_merge.cli.options import (
     DryRun,
     Dtype,
     Energy,
+    ExecutorOption,
     GranularityOption,
     MaxAlpha,
     MaxShardSize,
@@ -42,9 +44,11 @@ from uipe_merge.cli.options import (
     Quiet,
     Rank,
     RankAll,
+    RayAddress,
     Recipe,
     RoundingOption,
     Seed,
+    SliceOption,
     Threads,
     UnlearnedIfAny,
     Verbose,
@@ -53,6 +57,9 @@ from uipe_merge.errors import UsageError
 from uipe_merge.steering import GRANULARITY, MAX_ALPHA, MIN_COS
 
 if TYPE_CHECKING:
+    from uipe_merge.executors import Executor
+    from uipe_merge.job import Job
+    from uipe_merge.output.filesystem import FileSystem
     from uipe_merge.recipe import Recipe as AskedRecipe
 
 
@@ -87,6 +94,9 @@ def merge(
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = None,
+    executor: ExecutorOption = "threads",
+    ray_address: RayAddress = None,
+    part: SliceOption = None,
     overwrite: Overwrite = False,
     allow_pickle: AllowPickle = False,
     dequantize: Dequantize = False,
@@ -96,13 +106,10 @@ def merge(
     verbose: Verbose = False,
 ) -> None:
     """Write θᵤ + α·(θᵤ − θ₀) as a new model."""
-    from uipe_merge import api, job, running
-    from uipe_merge.executors import make_executor
+    from uipe_merge import api, job
     from uipe_merge.integrations import mergekit_reading, mergekit_writing
-    from uipe_merge.output.filesystem import LocalFileSystem
     from uipe_merge.recipe import parse_gradient, parse_layers, parse_rule
     from uipe_merge.recipe_file import write_recipe
-    from uipe_merge.settling import preview
     from uipe_merge.steering import Steering, parse_added, parse_protected, parse_update
 
     out = Output(quiet=quiet, verbose=verbose, as_json=as_json)
@@ -119,6 +126,7 @@ def merge(
             "print-mergekit": print_mergekit,
         }
         _refuse_decided([name for name, given in others.items() if given])
+    run = _Run(executor, ray_address, part, threads, dry_run)
     asked = api.make_recipe(
         alpha=alpha if config is None else 0.0,
         alpha_rules=tuple(map(parse_rule, alpha_rule or ())),
@@ -167,14 +175,69 @@ def merge(
         device=device,
         **allowed,
     )
-    executor = make_executor(threads, remote=prepared.remote)
-    if dry_run:
-        job.require_startable(prepared)
-        groups = [] if prepared.download_bytes else preview(prepared, executor, out.progress())
-        show_plan(out, prepared, executor.width, groups)
-        return
-    report = running.run(prepared, executor, LocalFileSystem(), out.progress())
-    show_report(out, report)
+    run.carry_out(prepared, out)
+
+
+class _Run:
+    """Where a prepared merge is done, and how much of it."""
+
+    def __init__(
+        self,
+        executor: str,
+        ray_address: str | None,
+        part: str | None,
+        threads: int | None,
+        dry_run: bool,
+    ) -> None:
+        """Check that it goes together.
+
+        Raises:
+            UsageError: It does not.
+        """
+        from uipe_merge.output.slices import parse_slice
+
+        self._ray = executor == "ray"
+        self._address, self._threads, self._dry_run = ray_address, threads, dry_run
+        self._slice = None if part is None else parse_slice(part)
+        if ray_address is not None and not self._ray:
+            raise UsageError(
+                "--ray-address without --executor ray", remedy="add it, or leave both out"
+            )
+        if self._slice is not None and self._ray:
+            raise UsageError("--slice with --executor ray", remedy="choose one of the two")
+
+    def carry_out(self, prepared: Job, out: Output) -> None:
+        """Do it, or say what would be done."""
+        from uipe_merge import running, slicing
+        from uipe_merge.executors import make_executor
+        from uipe_merge.output.filesystem import LocalFileSystem
+
+        here = make_executor(None if self._ray else self._threads, remote=prepared.remote)
+        filesystem, progress = LocalFileSystem(), out.progress()
+        if self._dry_run:
+            self._preview(prepared, here, filesystem, out)
+        elif self._slice is not None:
+            report = slicing.run_slice(prepared, self._slice, here, filesystem, progress)
+            show_slice(out, report, self._slice)
+        elif self._ray:
+            from uipe_merge.integrations.ray import cluster  # imports Ray
+
+            with cluster(prepared, self._address, self._threads) as workers:
+                made = running.run(prepared, here, filesystem, progress, workers)
+            show_report(out, made)
+        else:
+            show_report(out, running.run(prepared, here, filesystem, progress))
+
+    def _preview(self, prepared: Job, here: Executor, filesystem: FileSystem, out: Output) -> None:
+        from uipe_merge import job, slicing
+        from uipe_merge.settling import preview
+
+        if self._slice is None:
+            job.require_startable(prepared)
+        else:
+            slicing.require_startable(prepared, self._slice, filesystem)
+        groups = [] if prepared.download_bytes else preview(prepared, here, out.progress())
+        show_plan(out, prepared, here.width, groups, self._slice)
 
 
 def _config(original: str, unlearned: str | None) -> str | None:

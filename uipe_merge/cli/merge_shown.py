@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from uipe_merge import native
 from uipe_merge.cli.console import Output, number, size
@@ -11,14 +11,18 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from uipe_merge.job import Job
+    from uipe_merge.output.slices import Slice
     from uipe_merge.report import MergeReport
     from uipe_merge.resolving import GroupRecord
 
 _LISTED_ALPHAS = 5
 _LISTED_GROUPS = 100
+_LISTED_SHARDS = 3
 
 
-def show_plan(out: Output, job: Job, threads: int, groups: list[GroupRecord]) -> None:
+def show_plan(
+    out: Output, job: Job, threads: int, groups: list[GroupRecord], part: Slice | None = None
+) -> None:
     """Print what a run would do, and what was measured for it."""
     plan = job.plan
     operations = plan.operations()
@@ -44,6 +48,7 @@ def show_plan(out: Output, job: Job, threads: int, groups: list[GroupRecord]) ->
                 "peak_memory_bytes": peak,
                 "threads": threads,
                 "compiled": native.COMPILED,
+                **({"slice": _share(job, part)._asdict()} if part else {}),
                 **({"groups": _as_dict(groups)} if steering.measured else {}),
                 "warnings": plan.warnings,
             }
@@ -61,6 +66,7 @@ def show_plan(out: Output, job: Job, threads: int, groups: list[GroupRecord]) ->
         ("output", f"{where} ({len(plan.shards)} shards, {len(job.sidecars)} other files)"),
         ("read", size(plan.read_bytes) + (" twice at most" if steering.measured else "")),
         ("write", size(plan.write_bytes)),
+        *([("of this slice", _share(job, part).text)] if part else []),
         *([("download first", size(job.download_bytes))] if job.download_bytes else []),
         ("free disk", free),
         ("peak memory", f"{size(peak)} with {threads} threads"),
@@ -86,6 +92,29 @@ def show_plan(out: Output, job: Job, threads: int, groups: list[GroupRecord]) ->
     if steering.measured and not groups:
         out.note("the coefficients are measured when it runs")
     out.warn(plan.warnings)
+
+
+class _Share(NamedTuple):
+    """What a slice makes of a plan."""
+
+    shards: list[str]
+    read_bytes: int
+    write_bytes: int
+
+    @property
+    def text(self) -> str:
+        names = ", ".join(self.shards[:_LISTED_SHARDS])
+        more = "" if len(self.shards) <= _LISTED_SHARDS else ", …"
+        which = f": {names}{more}" if self.shards else ""
+        return f"{len(self.shards)} shards, {size(self.write_bytes)}{which}"
+
+
+def _share(job: Job, part: Slice) -> _Share:
+    from uipe_merge.slicing import divide
+
+    shards = [job.plan.shards[index] for index in divide(job.plan, part.total)[part.number - 1]]
+    plan = job.plan._replace(shards=shards)
+    return _Share([shard.name for shard in shards], plan.read_bytes, plan.write_bytes)
 
 
 def _show_groups(out: Output, groups: Mapping[str, Mapping[str, Any]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -135,7 +135,24 @@ Device = Annotated[
     str, typer.Option(help="cuda for singular vectors, and for what is not compiled.")
 ]
 Threads = Annotated[
-    int | None, typer.Option(min=1, max=256, help="Threads. [default: two a core, at most 8]")
+    int | None,
+    typer.Option(min=1, max=256, help="Threads, or Ray workers. [default: two a core, at most 8]"),
+]
+ExecutorOption = Annotated[
+    Literal["threads", "ray"],
+    typer.Option("--executor", help="On what it runs: threads here, or a Ray cluster's workers."),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT", help="The cluster, or auto: this node's. [default: RAY_ADDRESS]"
+    ),
+]
+SliceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--slice", metavar="I/N", help="Make one of N shares of the shards; the last publishes."
+    ),
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace a model written by uipe-merge.")

@@ -18,7 +18,7 @@ from uipe_merge.checkpoint.urls import RemoteFolder
 from uipe_merge.errors import OutputError, RemoteError, UsageError, listed
 from uipe_merge.output.filesystem import write_document
 from uipe_merge.output.manifest import LARGEST_MANIFEST, MANIFEST_NAME, parse_manifest
-from uipe_merge.output.staging import Staging, hash_file
+from uipe_merge.output.staging import ATTEMPTS, Staging, hash_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -71,10 +71,14 @@ class BucketStaging(Staging):
     most_at_once = IN_HAND
 
     def __init__(
-        self, filesystem: FileSystem, folder: RemoteFolder, planned: frozenset[str]
+        self,
+        filesystem: FileSystem,
+        folder: RemoteFolder,
+        planned: frozenset[str],
+        directory: Path | None = None,
     ) -> None:
         """Name the paths; ``planned`` are the files that the output will have."""
-        directory = workplace(folder)
+        directory = directory or workplace(folder)
         super().__init__(filesystem, directory, directory)
         self._folder = folder
         self._planned = planned
@@ -149,6 +153,21 @@ class BucketStaging(Staging):
         """
         self._upload(name, sha256)
         self._filesystem.remove(self.model / name)
+
+    def attempt(self, token: str) -> BucketStaging:
+        """Return where another process may make shards: on its own machine."""
+        directory = workplace(self._folder) / ATTEMPTS / token
+        return BucketStaging(self._filesystem, self._folder, self._planned, directory)
+
+    def delivered(self, name: str) -> Stamp | None:
+        """Return the version of the object that was read back."""
+        return self._delivered[name]
+
+    def accept(self, token: str, record: ShardRecord, stamp: Stamp | None) -> None:
+        """Take a shard that an attempt uploaded and read back."""
+        del token
+        assert stamp is not None  # noqa: S101 - an attempt says it of every shard
+        self._delivered[record.name] = stamp
 
     def publish(self, *, overwrite: bool) -> None:
         """Upload what is left; hold everything against what was read back; then the manifest.

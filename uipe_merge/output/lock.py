@@ -15,6 +15,7 @@ import json
 import os
 import socket
 import threading
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,11 +27,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _ATTEMPTS = 10
+_WAIT = 0.2  # seconds between two tries of one that waits
 
 
 @contextmanager
-def hold(directory: Path) -> Iterator[None]:
+def hold(directory: Path, patience: float = 0.0) -> Iterator[None]:
     """Hold the lock of a partial directory (created if missing) while the body runs.
+
+    Args:
+        directory: The directory.
+        patience: Seconds to wait for another run to give it up.
 
     Raises:
         OutputLockedError: Another run holds it.
@@ -38,7 +44,7 @@ def hold(directory: Path) -> Iterator[None]:
     """
     path = directory / "lock"
     try:
-        descriptor = _acquire(path)
+        descriptor = _wait_for(path, patience)
         try:
             yield
         finally:
@@ -80,6 +86,17 @@ def _release(path: Path, descriptor: int) -> None:
     with suppress(OSError):  # another run may be tidying up too
         for draft in path.parent.glob("lock.*"):
             draft.unlink()
+
+
+def _wait_for(path: Path, patience: float) -> int:
+    end = time.monotonic() + patience
+    while True:
+        try:
+            return _acquire(path)
+        except OutputLockedError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(_WAIT)
 
 
 def _acquire(path: Path) -> int:

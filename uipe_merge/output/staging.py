@@ -21,11 +21,15 @@ from uipe_merge.output.manifest import MANIFEST_NAME
 from uipe_merge.output.place import partial_directory, require_replaceable
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
+    from uipe_merge.checkpoint.storage import Stamp
     from uipe_merge.output.filesystem import FileSystem
 
 MEASURED = "measured"
+SLICES = "slices"
+ATTEMPTS = "attempts"
 
 _PIECE = 4 * 2**20
 _SECTOR = 512  # the unit of st_blocks, whatever the file system's own
@@ -87,6 +91,7 @@ class Staging:
         Raises:
             OutputError: Another run's partial directory is there; names what differs.
         """
+        self._require_undivided()
         previous = self.journal.identity()
         if previous is not None and previous != identity:
             raise refuse_other_run(self.partial, differing(previous, identity))
@@ -113,6 +118,7 @@ class Staging:
             OutputError: Another run's partial directory is there (and ``overwrite`` is
                 false), or the file system refuses something.
         """
+        self._require_undivided()
         if not overwrite:
             self.require_own(identity)
         self._filesystem.make_directory(self.model)
@@ -131,6 +137,51 @@ class Staging:
 
     def deliver(self, name: str, sha256: str) -> None:
         """Take a shard that is durable in ``model``; here it stays where it is."""
+
+    def attempt(self, token: str) -> Staging:
+        """Return where another process may make shards of this output, for ``accept``."""
+        return Staging(self._filesystem, self.output, self.partial / ATTEMPTS / token)
+
+    def open(self) -> None:
+        """Make the directories of an attempt."""
+        try:
+            self.model.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise system_error(error, self.model) from None
+
+    def delivered(self, name: str) -> Stamp | None:
+        """Return what ``accept`` has to know of a shard that an attempt delivered; here nothing."""
+        del name
+        return None
+
+    def accept(self, token: str, record: ShardRecord, stamp: Stamp | None) -> None:
+        """Take a shard that an attempt made.
+
+        Raises:
+            OutputError: It is not where this process can see it, or is of another size.
+        """
+        del stamp
+        attempt = self.partial / ATTEMPTS / token
+        path = attempt / "model" / record.name
+        if not path.is_file():
+            raise OutputError(
+                "a worker wrote it where this process does not see it",
+                file=path,
+                remedy="put the output on a file system that all nodes share under one path",
+            )
+        if path.stat().st_size != record.size:
+            raise OutputError(f"has not the {record.size} bytes that were written", file=path)
+        self._filesystem.rename(path, self.model / record.name)
+        self._filesystem.sync_directory(self.model)
+        self._filesystem.remove_tree(attempt)
+
+    def adopt(self, identity: dict[str, object], records: Mapping[str, ShardRecord]) -> None:
+        """Take the shards in ``model``, made in slices, for those of one run, to be published."""
+        for entry in _entries(self.model):
+            if entry.name not in records:
+                self._remove(entry)
+        self._filesystem.sync_directory(self.model)
+        self.journal.begin(identity, records.values())
 
     def publish(self, *, overwrite: bool) -> None:
         """Make the finished model appear at the output path, and clean up.
@@ -193,8 +244,20 @@ class Staging:
         return {
             name: record
             for name, record in self.journal.shards().items()
-            if hash_file(self.model / name) == (record.size, record.sha256)
+            if hash_file(self.shard(name)) == (record.size, record.sha256)
         }
+
+    def shard(self, name: str) -> Path:
+        """Return where a finished shard lies."""
+        return self.model / name
+
+    def _require_undivided(self) -> None:
+        if (self.partial / SLICES).exists():
+            raise OutputError(
+                "holds a run in slices that is not finished",
+                file=self.partial,
+                remedy="run `uipe-merge finish` on the output, or remove it when no slice runs",
+            )
 
     def _remove(self, entry: Path) -> None:
         if entry.is_dir() and not entry.is_symlink():
