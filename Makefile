@@ -90,7 +90,7 @@ fuzz: $(DEV_OK) ## fuzz every target, SECONDS each (60); or TARGETS="index adapt
 	@export PYTHONPATH="$(VENV)-fuzz$${PYTHONPATH:+:$$PYTHONPATH}" OMP_NUM_THREADS=1; \
 	for target in $(TARGETS); do \
 	  echo "== $$target, $(SECONDS) s"; \
-	  $(BIN)/python tests/fuzz/run.py $$target $(SECONDS) .fuzz > .fuzz-$$target.log 2>&1 || { \
+	  $(BIN)/python tests/fuzz/fuzz_one.py $$target $(SECONDS) .fuzz > .fuzz-$$target.log 2>&1 || { \
 	    tail -40 .fuzz-$$target.log; exit 1; }; \
 	  grep -E '^stat::(number_of_executed|new_units|peak)' .fuzz-$$target.log; \
 	done

@@ -1,7 +1,7 @@
 """What a file from outside may be, as bytes, and what must hold whatever they are.
 
 A target takes bytes, reads them as one kind of file, and raises where that does anything but
-succeed or refuse by an error of our tree. ``tests/fuzz/run.py`` drives them by coverage,
+succeed or refuse by an error of our tree. ``tests/fuzz/fuzz_one.py`` drives them by coverage,
 ``test_fuzzing.py`` by hypothesis.
 """
 

@@ -1,6 +1,6 @@
 """Files from outside, made by hypothesis, and what fuzzing has found so far, by name.
 
-``make fuzz`` drives the same targets by coverage; see ``tests/fuzz/run.py``.
+``make fuzz`` drives the same targets by coverage; see ``tests/fuzz/fuzz_one.py``.
 """
 
 import io

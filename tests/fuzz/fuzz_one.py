@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of one target of ``tests/fuzzing.py``, for so many seconds.
 
-    python tests/fuzz/run.py TARGET SECONDS [CORPUS]
+    python tests/fuzz/fuzz_one.py TARGET SECONDS [CORPUS]
 
 What libFuzzer finds interesting is kept in CORPUS, and an input that breaks a property in
 ``crash-…`` there. atheris is installed by ``make fuzz`` into a place of its own.
