@@ -43,14 +43,14 @@ def _command(command: Any, path: str) -> Iterator[str]:  # noqa: ANN401 - typer'
         yield f"## {path} {{ #{path.removeprefix('uipe-merge ').replace(' ', '-')} }}\n"
         yield f"{_prose(inspect.cleandoc(command.help or ''))}\n"
         yield f"```text\n{path} {' '.join(command.collect_usage_pieces(context))}\n```\n"
-        for kind, head in (("argument", "argument"), ("option", "option")):
-            yield from _parameters(command, context, kind, head)
+        for kind in ("argument", "option"):
+            yield from _parameters(command, context, kind)
     for name, child in below.items():
         if not child.hidden:
             yield from _command(child, f"{path} {name}")
 
 
-def _parameters(command: Any, context: Any, kind: str, head: str) -> Iterator[str]:  # noqa: ANN401
+def _parameters(command: Any, context: Any, kind: str) -> Iterator[str]:  # noqa: ANN401
     records = [
         parameter.get_help_record(context)
         for parameter in command.params
@@ -60,7 +60,7 @@ def _parameters(command: Any, context: Any, kind: str, head: str) -> Iterator[st
         f"| `{_cell(left)}` | {_cell(_prose(right))} |" for left, right in filter(None, records)
     ]
     if rows:
-        yield "\n".join([f"| {head} | meaning |", "| --- | --- |", *rows, ""])
+        yield "\n".join([f"| {kind} | meaning |", "| --- | --- |", *rows, ""])
 
 
 def _cell(text: str) -> str:

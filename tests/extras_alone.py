@@ -21,6 +21,8 @@ NOT_FOR_USERS = {"dev", "docs"}
 NOWHERE = "http://127.0.0.1:9"
 PAIR = "demo/original demo/unlearned"
 SCORES = "--score s.json:q --score s.json:u --maximize q --subject-to 'u>=0' --per-layer-groups 2"
+QUESTIONS = """[{"question": "alice lives in", "answer": "paris",
+  "paraphrased_answer": "paris", "perturbed_answer": ["rome", "oslo"]}]"""
 # What is run, by extra, after `uipe-merge demo demo`: (exit code, command).
 COMMANDS: dict[str, list[tuple[int, str]]] = {
     "": [(0, "uipe-merge verify demo/merged-1"), (2, f"uipe-merge inspect {PAIR} --plot map.png")],
@@ -29,10 +31,13 @@ COMMANDS: dict[str, list[tuple[int, str]]] = {
         (0, f"uipe-merge inspect {PAIR} --plot map.html"),
     ],
     "study": [
-        (0, "uipe-merge evaluate demo/merged-1 --forget q.json --retain q.json -o scores"),
         (
             0,
-            f"uipe-merge search {PAIR} -o best --eval 'sh score.sh {{out}}' {SCORES} --trials 3",
+            "uipe-merge evaluate demo/merged-1 --forget q.json --retain q.json --max-new-tokens 8 -o scores",
+        ),
+        (
+            0,
+            f"uipe-merge search {PAIR} -o best --eval 'sh score.sh {{model}} {{out}}' {SCORES} --trials 3",
         ),
     ],
     "s3": [(10, "uipe-merge verify s3://bucket/model")],
@@ -75,8 +80,8 @@ def try_extra(extra: str, directory: Path) -> list[str]:
         "AWS_ENDPOINT_URL": NOWHERE,
         "STORAGE_EMULATOR_HOST": NOWHERE,
     }
-    (directory / "q.json").write_text('[{"question": "alice lives in", "answer": "paris"}]')
-    (directory / "score.sh").write_text('echo \'{"q": 1, "u": 1}\' > "$1/s.json"\n')
+    (directory / "q.json").write_text(QUESTIONS)
+    (directory / "score.sh").write_text('echo \'{"q": 1, "u": 1}\' > "$2/s.json"\n')
     pip = "python -m pip --disable-pip-version-check"
     asked = [extra] if extra != "all" else [name for name in COMMANDS if name]
     steps = [

@@ -34,7 +34,9 @@ LIBRARIES = {
     "s3": ["s3fs"],
     "gcs": ["gcsfs"],
 }
-QUESTIONS = '[{"question": "q", "answer": "a"}]'
+QUESTIONS = (
+    '[{"question": "q", "answer": "a", "paraphrased_answer": "b", "perturbed_answer": ["c"]}]'
+)
 GRID = ("grid", "original", "unlearned", "--alphas", "1", "-o", "grid", "-q")
 SEARCH = (
     *("search", "original", "unlearned", "--eval", "true {model} {out}", "-o", "best"),
