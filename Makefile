@@ -78,7 +78,7 @@ format: $(DEV_OK) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-# ARGS="--hazard-table docs/faults.md" writes down what was counted.
+# ARGS="--hazard-table=docs/faults.md" writes down what was counted.
 faults: $(DEV_OK) ## every hazard, and the long fault-injection sweeps; the counts as a table
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "sweep or not sweep" --hazards \
 	  -n $(WORKERS) --dist worksteal --timeout 3600 $(ARGS)

@@ -1,4 +1,4 @@
-"""What the suites count, as tables: shown with `--hazards`, written with `--hazard-table FILE`.
+"""What the suites count, as tables: shown with `--hazards`, written with `--hazard-table=FILE`.
 
 A test says with ``record_property("cases", N)`` through how many states, faults or kills it went;
 the others are one case each.

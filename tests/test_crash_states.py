@@ -20,6 +20,8 @@ from uipe_merge import api, gridding, grids, running
 from uipe_merge.executors import Serial
 from uipe_merge.inputs import open_inputs
 from uipe_merge.output.filesystem import FileSystem, LocalFileSystem
+from uipe_merge.output.lock import nothing_left
+from uipe_merge.output.place import partial_directory
 from uipe_merge.progress import Progress, Silent
 from uipe_merge.recipe import Recipe
 from uipe_merge.report import MergeReport
@@ -107,6 +109,9 @@ class Scenario:
             # Only where the system cannot swap; the old model then stands aside, whole.
             assert not self.exchanges
             assert contents(self.merge.model.with_name("model.old")) == self.old
+        if found == "complete" and not self.overwrite:
+            # The command would be refused: without the journal nobody knows what else is there.
+            assert self.merge.journal.exists() or nothing_left(self.merge.partial)
         assert self.merge.left_over() in ([], [self.merge.partial.name])
         return found
 
@@ -164,6 +169,8 @@ class GridScenario(Scenario):
                 if name.startswith(prefix)
             }
             assert contents(variant) == model
+            partial = partial_directory(variant)
+            assert (partial / "journal").exists() or nothing_left(partial)
             found.add("complete")
         document = self.merge.output / "grid.json"
         if document.exists():

@@ -145,7 +145,7 @@ FAULTS = {
             Edit(
                 "output/staging",
                 "            self._filesystem.sync_directory(self.partial)\n",
-                "",
+                "            pass\n",
             )
         ],
         suite="durable",
