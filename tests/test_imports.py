@@ -66,6 +66,7 @@ LAYERS: list[set[str]] = [
     {"cutting"},
     {"plan"},
     {"recipe_file"},
+    {"mergekit_file"},
     {"recipe"},
     {"mergekit_recipe"},
     {"recipe_formats"},

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from uipe_merge import native
-from uipe_merge.integrations.mergekit_reading import read_config
+from uipe_merge.mergekit_file import read_config
 from uipe_merge.mergekit_recipe import alpha_of, single, weight_of
 
 LAYERS = 4

@@ -140,7 +140,12 @@ class MergekitRecipe:
 
     def document(self) -> dict[str, object]:
         """Return it as plain values, for the record."""
-        return {"merge_method": self.method, "arithmetic": self.arithmetic, "config": self.text}
+        return {
+            "merge_method": self.method,
+            "arithmetic": self.arithmetic,
+            "file": self.config,
+            "config": self.text,
+        }
 
     def canonical(self) -> dict[str, object]:
         """Return what decides about the bytes, numbers as exact hexadecimal floats."""

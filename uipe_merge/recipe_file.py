@@ -25,10 +25,12 @@ nesting that no recipe needs: nothing in the file is ever run or guessed at.
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uipe_merge.errors import RecipeError, UsageError
+from uipe_merge.mergekit_file import parse_config
 from uipe_merge.recipe import Recipe, parse_size
 from uipe_merge.recipe_formats import READERS, read_bytes
 from uipe_merge.steering import (
@@ -67,6 +69,7 @@ _KEYS = (
     "control",
     "granularity",
     "add",
+    "mergekit",  # written where α came from a recipe of mergekit's, not meant for hands
 )
 
 
@@ -110,6 +113,8 @@ def write_recipe(recipe: Recipe) -> str:
     if recipe.max_shard_bytes is not None:
         document["max_shard_size"] = recipe.max_shard_bytes
     document |= recipe.steering.document()
+    if recipe.mergekit is not None:
+        document["mergekit"] = recipe.mergekit.document()
     return yaml.safe_dump(document, sort_keys=False)
 
 
@@ -146,6 +151,18 @@ def parse_recipe(document: object) -> Recipe:
     decision: Any = _text(fields.get("on_mismatch", "error"), "on_mismatch")  # checked by Recipe
     form: Any = _text(fields.get("as", "model"), "as")
     rounding: Any = _text(fields.get("rounding", "nearest"), "rounding")
+    seed = _whole(fields.get("seed", 0), "seed")
+    if "mergekit" in fields:
+        said = _mapping(fields["mergekit"], "mergekit")
+        config = _text(said.get("config"), "config of mergekit").encode()
+        named = _text(said.get("file"), "file of mergekit")
+        return replace(
+            parse_config(config, named).recipe,
+            max_shard_bytes=size,
+            on_mismatch=decision,
+            rounding=rounding,
+            seed=seed,
+        )
     return Recipe(
         alpha=_number(fields.get("alpha", 1.0), "alpha"),
         dtype=_text(fields.get("dtype", "auto"), "dtype"),
@@ -156,7 +173,7 @@ def parse_recipe(document: object) -> Recipe:
         gradient=tuple(_number(alpha, "gradient") for alpha in gradient),
         form=form,
         rounding=rounding,
-        seed=_whole(fields.get("seed", 0), "seed"),
+        seed=seed,
         steering=steering,
     )
 

@@ -22,6 +22,7 @@ from uipe_merge.errors import (
     UsageError,
     listed,
 )
+from uipe_merge.mergekit_file import parse_config
 from uipe_merge.once import Once
 from uipe_merge.opening import is_there
 from uipe_merge.plan import NUMERICS
@@ -89,7 +90,7 @@ def recompute(
 
     record = Record(manifest, model.manifest_path)
     recipe = record.recipe(deep.moved)
-    original, unlearned = record.arguments(deep)
+    original, unlearned = record.arguments(deep, recipe)
     rehearsal = rehearse(
         original,
         unlearned,
@@ -162,7 +163,7 @@ class Record:
                 f"its recipe is damaged: {error.message}", file=self._path
             ) from None
 
-    def arguments(self, deep: Deep) -> tuple[str, str]:
+    def arguments(self, deep: Deep, recipe: Recipe) -> tuple[str, str]:
         """Return the two inputs: those that were given now, or those that the command names.
 
         Raises:
@@ -176,6 +177,9 @@ class Record:
             words = []
         if len(words) < 2:
             raise self.damaged("command")
+        if recipe.mergekit is not None:
+            merge = parse_config(recipe.mergekit.text.encode(), recipe.mergekit.config)
+            words = [merge.original, merge.unlearned]
         for given, named, option in zip(
             (deep.original, deep.unlearned), words, ("--original", "--unlearned"), strict=False
         ):

@@ -106,8 +106,8 @@ def merge(
     verbose: Verbose = False,
 ) -> None:
     """Write θᵤ + α·(θᵤ − θ₀) as a new model."""
-    from uipe_merge import api, job
-    from uipe_merge.integrations import mergekit_reading, mergekit_writing
+    from uipe_merge import api, job, mergekit_file
+    from uipe_merge.integrations import mergekit_writing
     from uipe_merge.recipe import parse_gradient, parse_layers, parse_rule
     from uipe_merge.recipe_file import write_recipe
     from uipe_merge.steering import Steering, parse_added, parse_protected, parse_update
@@ -163,7 +163,7 @@ def merge(
     if output is None:
         raise UsageError("missing option --output", remedy="name what is to be made: -o OUT")
     if config is not None:
-        original, unlearned, said = mergekit_reading.read_config(config)
+        original, unlearned, said = mergekit_file.read_config(config)
         asked = _with_options(said, asked)
     assert unlearned is not None  # noqa: S101 - one argument alone is a recipe
     prepared = job.prepare(
@@ -242,7 +242,7 @@ class _Run:
 
 def _config(original: str, unlearned: str | None) -> str | None:
     """Return the recipe of mergekit's that stands alone where the two models would."""
-    from uipe_merge.integrations.mergekit_reading import ENDINGS
+    from uipe_merge.mergekit_file import ENDINGS
 
     if unlearned is not None:
         return None

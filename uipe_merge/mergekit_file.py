@@ -76,11 +76,15 @@ def read_config(named: str | os.PathLike[str]) -> MergekitMerge:
         RecipeError: It is malformed, or asks for what is not done here: all of it, in one line.
         NumericError: A weight is too large.
     """
+    return parse_config(read_bytes(Path(named)), str(named))
+
+
+def parse_config(raw: bytes, named: str) -> MergekitMerge:
+    """Read the content of such a file, as ``read_config`` does."""
     path = Path(named)
-    raw = read_bytes(path)
     try:
-        document = _mapping(READERS[path.suffix.lower()](raw), "the recipe")
-        return _Reading(str(named), raw.decode()).read(document)
+        document = _mapping(READERS[".yaml"](raw), "the recipe")
+        return _Reading(named, raw.decode()).read(document)
     except (RecipeError, UsageError) as error:
         raise type(error)(error.message, file=path, remedy=error.remedy) from None
     except RecursionError:
