@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ["README.md", "docs/steering.md", "docs/choosing.md"]
+DOCUMENTS = ["README.md", "docs/steering.md", "docs/choosing.md", "docs/clusters.md"]
 FURTHER = ["related", "repaired", "forget-tuned", "retain-tuned"]
 CODE = {"bash", "console", "python"}
 OUTPUT = {"", "text", "json"}
