@@ -1,6 +1,7 @@
 """A real Ray cluster on loopback: its nodes are processes, started by a process of its own."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,39 +14,41 @@ from uipe_merge.output.filesystem import LocalFile, LocalFileSystem
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Reads what to do from its standard input and ends with it, so with its parent. A node waits a
-# quarter of a minute for its agents to say their ports, which a busy machine may not have; they
-# serve no dashboard and no environments here, so the ports are said for them.
+# Reads what to do from its standard input and ends with it, so with its parent. Of each node only
+# what runs tasks is started: the agents for dashboards, metrics and environments, five processes of
+# Python, have nothing to do here, and a node that waits for them dies on a busy machine.
 _NODES = """
-import socket, sys
+import re, sys
 import ray._raylet
+from ray._private import services
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
-start_raylet = Node.start_raylet
+start_raylet, start_process = Node.start_raylet, services.start_ray_process
 
-def start(node, *arguments):
-    name = ray._raylet.DASHBOARD_AGENT_LISTEN_PORT_NAME
-    ray._raylet.persist_port(node._session_dir, node._node_id, name, port())
+def start_without_waiting(node, *arguments):
+    for agent in ("DASHBOARD_AGENT_LISTEN", "METRICS_AGENT", "METRICS_EXPORT", "RUNTIME_ENV_AGENT"):
+        name = getattr(ray._raylet, f"{agent}_PORT_NAME")
+        ray._raylet.persist_port(node._session_dir, node._node_id, name, -1)  # not in use
     start_raylet(node, *arguments)
 
-Node.start_raylet = start
+def start_without_agents(command, *arguments, **named):
+    agent = re.compile("^(--[a-z_]*agent_command=).*")
+    idle = 'sh -c "exec tail -f /dev/null --pid=$PPID"'  # as long as the node
+    command = [agent.sub(lambda found: found[1] + idle, word) for word in command]
+    return start_process(command, *arguments, **named)
 
-def port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+Node.start_raylet = start_without_waiting
+Node.start_api_server = lambda node, **named: None
+services.start_ray_process = start_without_agents
 
 def add(cpus):
-    agents = ("metrics_agent", "metrics_export", "dashboard_agent_listen", "runtime_env_agent")
     return cluster.add_node(
         num_cpus=cpus,
         node_ip_address="127.0.0.1",
-        include_dashboard=False,
         include_log_monitor=False,
         no_monitor=True,
         object_store_memory=80 * 2**20,
-        **{f"{agent}_port": port() for agent in agents},
     )
 
 cluster = Cluster()
@@ -120,11 +123,21 @@ def ray_cluster(cpus: int, environment: Mapping[str, str]) -> Iterator[Nodes]:
         process.wait()
 
 
-class SlowFileSystem(LocalFileSystem):
-    """The local file system, in which it takes a while to create a shard."""
+class GatedFileSystem(LocalFileSystem):
+    """The local file system, in which most shards wait until a file appears.
+
+    Those of the first numbers do not. What waits is in the hands of a worker, for a test to see.
+    """
+
+    def __init__(self, gate: str, free: int) -> None:
+        self._gate = Path(gate)
+        self._free = free
 
     def create(self, path: Path) -> LocalFile:
         """Create a file."""
-        if path.name.endswith(".safetensors.tmp"):
-            time.sleep(0.5)
+        shard = re.match(r"model-(\d+)-of-", path.name)
+        end = time.monotonic() + 600
+        while shard and int(shard[1]) > self._free and not self._gate.exists():
+            assert time.monotonic() < end
+            time.sleep(0.01)
         return super().create(path)

@@ -35,20 +35,20 @@ from uipe_merge.progress import Silent
 
 NAMED = {"README.md", "uipe_merge.json"}  # they say where the inputs were
 
-# The program, but that every shard takes its time: a node has to be killed in the middle.
-SLOWLY = """
+# The program, but that it does not get far by itself: a node has to be killed in the middle.
+GATED = """
 import sys
 from pathlib import Path
 from uipe_merge import api, running
 from uipe_merge.executors import Serial
 from uipe_merge.integrations.ray import cluster
 from uipe_merge.progress import Silent
-from ray_tools import SlowFileSystem
+from ray_tools import GatedFileSystem
 
-original, unlearned, output, address = sys.argv[1:]
+original, unlearned, output, address, gate = sys.argv[1:]
 job = api.plan(original, unlearned, output, alpha=2.0)
 with cluster(job, address, 4) as workers:
-    running.run(job, Serial(), SlowFileSystem(), Silent(), workers)
+    running.run(job, Serial(), GatedFileSystem(gate, 4), Silent(), workers)
 """
 
 
@@ -71,7 +71,15 @@ def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runnin
 
 def ray_cli(cluster: Running, *words: object, **more: Any) -> Result:
     where = ("--executor", "ray", "--ray-address", cluster.nodes.address)
-    return run_cli(*words, *where, env=cluster.environment, timeout=150, **more)
+    return run_cli(*words, *where, env=cluster.environment, timeout=400, **more)
+
+
+def gated(merge: Merge, cluster: Running, gate: Path) -> "subprocess.Popen[bytes]":
+    """Start a merge on four workers that stops after four shards until ``gate`` is there."""
+    words = [*map(str, merge.inputs), str(merge.output), cluster.nodes.address, str(gate)]
+    return subprocess.Popen(
+        [sys.executable, "-c", GATED, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
@@ -80,28 +88,25 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) ->
         time.sleep(0.005)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 class TestOnACluster:
     def test_hazard_a_node_is_killed_in_the_middle_and_the_bytes_are_the_same(
-        self, running_cluster: Running, tmp_path: Path
+        self,
+        running_cluster: Running,
+        tmp_path: Path,
+        tmp_path_factory: pytest.TempPathFactory,
     ) -> None:
         merge = Merge(tmp_path, alpha=2.0, shards=24).write_inputs()
         complete = merge.undisturbed()
-        nodes = running_cluster.nodes
-        nodes.add(2)
-        words = [*map(str, merge.inputs), str(merge.output), nodes.address]
-        process = subprocess.Popen(
-            [sys.executable, "-c", SLOWLY, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        in_hand = merge.partial / "attempts"
+        running_cluster.nodes.add(2)
+        gate = tmp_path_factory.mktemp("gate") / "open"
+        process = gated(merge, running_cluster, gate)
         # Four workers on two nodes of two processors: with all four at it, both nodes are.
-        wait_for(
-            lambda: merge.lines() > 4 and in_hand.is_dir() and len(list(in_hand.iterdir())) >= 4,
-            process,
-        )
-        nodes.kill(1)
-        assert merge.lines() < 24
-        out, err = process.communicate(timeout=200)
+        attempts = merge.partial / "attempts"
+        wait_for(lambda: merge.lines() == 5 and len(list(attempts.glob("*/model"))) == 4, process)
+        running_cluster.nodes.kill(1)
+        gate.touch()
+        out, err = process.communicate(timeout=400)
         assert (process.returncode, out, err) == (0, b"", b"")
         assert merge.state(complete) == "complete"
         assert merge.left_over() == []
@@ -132,26 +137,29 @@ class TestOnACluster:
         merge = Merge(tmp_path, alpha=1.0, shards=2).write_inputs()
         tensors = read_tensors(merge.inputs[1])
         tensors["model.layers.0.q_proj.weight"][0, 3] = torch.nan
-        write_checkpoint(merge.inputs[1], tensors)
+        write_checkpoint(merge.inputs[1], dict(sorted(tensors.items())), shards=2)
         done = ray_cli(running_cluster, *merge.command())
-        assert_refused(done, 7, str(merge.inputs[1]), "model.layers.0.q_proj.weight", "[0, 3]")
+        assert_refused(done, 7, str(merge.inputs[1]), "tensor 'model.layers.0.q_proj.weight'")
         assert done.err.count("\n") == 1
         assert merge.left_over() == []  # nothing that could be gone on with
 
     @pytest.mark.sweep
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
     def test_the_driver_ends_and_the_same_command_goes_on(
-        self, running_cluster: Running, tmp_path: Path, number: signal.Signals
+        self,
+        running_cluster: Running,
+        tmp_path: Path,
+        tmp_path_factory: pytest.TempPathFactory,
+        number: signal.Signals,
     ) -> None:
         merge = Merge(tmp_path, alpha=2.0, shards=24).write_inputs()
         complete = merge.undisturbed()
-        words = [*map(str, merge.inputs), str(merge.output), running_cluster.nodes.address]
-        process = subprocess.Popen(
-            [sys.executable, "-c", SLOWLY, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        wait_for(lambda: merge.lines() > 4, process)
+        gate = tmp_path_factory.mktemp("gate") / "open"
+        process = gated(merge, running_cluster, gate)
+        wait_for(lambda: merge.lines() == 5, process)
         process.send_signal(number)
-        process.communicate(timeout=60)
+        gate.touch()  # Ray lets a worker whose driver was killed end what it has in hand
+        process.communicate(timeout=400)
         assert process.returncode != 0
         assert merge.state(complete) == "absent"
         done = ray_cli(running_cluster, *merge.command(), "--json")
@@ -262,7 +270,7 @@ class NotedSquarer(Squarer):
 
 
 @pytest.mark.sweep
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 class TestRayExecutor(ExecutorContract):
     @pytest.fixture
     def executor(self, running_cluster: Running) -> Iterator[Executor]:

@@ -173,7 +173,7 @@ class TestTogether:
         words = [word for word in case.merge.command() if word != "-q"]
         first = run_here(*words, "--slice", "1/2")
         assert first.out.split("\n")[0].split() == ["slice", "1/2"]
-        assert first.err == "not published yet: 2 shards are missing, of 2/2\n"
+        assert first.err == "not published yet: 2 shards are missing, of slices 2/2\n"
         planned = json.loads(run_here(*words, "--slice", "2/2", "--dry-run", "--json").out)
         assert len(planned["slice"]["shards"]) == 2
         assert "of this slice" in run_here(*words, "--slice", "2/2", "--dry-run").out

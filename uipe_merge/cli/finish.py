@@ -66,6 +66,6 @@ def show_slice(out: Output, report: SliceReport, part: Slice | None) -> None:
         more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
         number = sum(report.missing.values())
         which = f"{', '.join(names[:_LISTED])}{more}"
-        out.note(f"not published yet: {number} shards are missing, of {which}")
+        out.note(f"not published yet: {number} shards are missing, of slices {which}")
     else:
         out.note("published, or about to be, by another process")
