@@ -92,7 +92,7 @@ def try_extra(extra: str, directory: Path) -> list[str]:
     ]
     for expected, command in steps:
         code, printed = run(command, directory, environment)
-        if code != expected:
+        if code != expected or "Traceback" in printed:
             return [f"[{extra}] {command}: exit code {code}, not {expected}\n{printed}"]
     if extra != "all" and extra not in COMMANDS:
         return [f"[{extra}] installs; this file knows no command that needs it"]

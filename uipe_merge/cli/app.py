@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import sys
@@ -119,6 +120,8 @@ def main() -> None:
             signal.signal(number, _interrupt)
     # The hub's client would log every try again, with addresses that may be signed.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    # So would this client, with tracebacks.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     code = _run(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         try:
