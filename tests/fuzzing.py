@@ -205,8 +205,7 @@ def manifest(raw: bytes) -> None:
             assert not name.startswith("/")
             assert record.size >= 0
         record_of = Record(document, "OUT/uipe_merge.json")
-        refusal(lambda: record_of.recipe({}))
-        refusal(lambda: record_of.arguments(Deep()))
+        refusal(lambda: record_of.arguments(Deep(), record_of.recipe({})))
         base = open_checkpoint(Guarded({"model.safetensors": SINGLE}))
         refusal(lambda: record_of.require_inputs([base, base]))
 
