@@ -77,8 +77,12 @@ def ray_cli(cluster: Running, *words: object, **more: Any) -> Result:
 def gated(merge: Merge, cluster: Running, gate: Path) -> "subprocess.Popen[bytes]":
     """Start a merge on four workers that stops after four shards until ``gate`` is there."""
     words = [*map(str, merge.inputs), str(merge.output), cluster.nodes.address, str(gate)]
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
-        [sys.executable, "-c", GATED, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", GATED, *words],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 
