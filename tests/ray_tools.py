@@ -34,7 +34,9 @@ def start_without_waiting(node, *arguments):
 
 def start_without_agents(command, *arguments, **named):
     agent = re.compile("^(--[a-z_]*agent_command=).*")
-    return start_process([agent.sub(r"\\1sleep 3600", word) for word in command], *arguments, **named)
+    idle = 'sh -c "exec tail -f /dev/null --pid=$PPID"'  # as long as the node
+    command = [agent.sub(lambda found: found[1] + idle, word) for word in command]
+    return start_process(command, *arguments, **named)
 
 Node.start_raylet = start_without_waiting
 Node.start_api_server = lambda node, **named: None
