@@ -375,7 +375,11 @@ class TestWithoutACluster:
 
     @pytest.mark.parametrize(
         ("address", "message"),
-        [("", "--executor ray without a cluster"), ("ray://head:10001", "not of the kind")],
+        [
+            ("", "--executor ray without a cluster"),
+            ("ray://head:10001", "is not of the kind HOST:PORT"),
+            ("head", "is not of the kind HOST:PORT"),
+        ],
     )
     def test_hazard_no_cluster_is_named(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, message: str
@@ -384,4 +388,14 @@ class TestWithoutACluster:
         merge = Merge(tmp_path).write_inputs()
         monkeypatch.setenv("RAY_ADDRESS", address)
         assert_refused(run_here(*merge.command(), "--executor", "ray"), 2, message)
+        assert merge.left_over() == []
+
+    @pytest.mark.parametrize("port", ["1", "70000"])
+    def test_hazard_nobody_listens_where_the_cluster_is_to_be(
+        self, tmp_path: Path, port: str
+    ) -> None:
+        pytest.importorskip("ray", reason="Ray is not installed")
+        merge = Merge(tmp_path).write_inputs()
+        where = ("--executor", "ray", "--ray-address", f"127.0.0.1:{port}")
+        assert_refused(run_here(*merge.command(), *where), 10, f"127.0.0.1:{port}: cannot be")
         assert merge.left_over() == []

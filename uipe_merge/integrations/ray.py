@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import socket
 import time
 from collections import deque
 from contextlib import contextmanager, suppress
@@ -34,6 +35,7 @@ MOST_TRIES = 4
 """Workers that may die with one item before it is given up."""
 
 _STARTING = 600.0  # seconds after which a cluster without a single worker is given up
+_CONNECTING = 10.0  # seconds
 _TICK = 1.0  # seconds at most between two looks at signals
 _CLOSING = 10.0  # seconds that workers get to close what they hold
 _GRACE = 2.0  # seconds that workers in hand get to end by themselves
@@ -70,11 +72,7 @@ def cluster(job: Job, address: str | None, width: int | None) -> Iterator[RayExe
             "--executor ray without a cluster",
             remedy="name it by --ray-address HOST:PORT or RAY_ADDRESS; `ray start` starts one",
         )
-    if "://" in named:
-        raise UsageError(
-            f"the address '{named}' is not of the kind HOST:PORT",
-            remedy="run on a node of the cluster, or a machine that sees its file system",
-        )
+    _require_listener(named)
     _connect(ray, named)
     try:
         yield RayExecutor(width or int(ray.cluster_resources().get("CPU", 1)), job.device)
@@ -84,7 +82,7 @@ def cluster(job: Job, address: str | None, width: int | None) -> Iterator[RayExe
 
 def _import_ray() -> Any:  # noqa: ANN401 - a module
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "3")  # tries, of some ten seconds
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     try:
         import ray
     except ImportError:
@@ -95,16 +93,36 @@ def _import_ray() -> Any:  # noqa: ANN401 - a module
     return ray
 
 
+def _require_listener(address: str) -> None:
+    """Refuse an address where nobody listens: Ray itself would try for minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise UsageError(
+            f"the address '{address}' is not of the kind HOST:PORT",
+            remedy="run on a node of the cluster, and name it by the address that `ray start` said",
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECTING).close()
+    except (OSError, OverflowError) as error:
+        raise _unreachable(address, error) from None
+
+
+def _unreachable(address: str, error: Exception) -> RemoteError:
+    return RemoteError(
+        f"cannot be reached: {' '.join(str(error).split())}",
+        file=f"the Ray cluster at {address}",
+        remedy="check the address, and that Ray and Python are of the same version there",
+    )
+
+
 def _connect(ray: Any, address: str) -> None:  # noqa: ANN401 - a module
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray.init(address=address, log_to_driver=False, logging_level="CRITICAL")
     except Exception as error:  # noqa: BLE001 - it raises bare ones
-        raise RemoteError(
-            f"cannot be reached: {' '.join(str(error).split())}",
-            file=f"the Ray cluster at {address}",
-            remedy="check the address, and that Ray and Python are of the same version there",
-        ) from None
+        raise _unreachable(address, error) from None
     finally:
         for number, handler in handlers.items():
             with suppress(ValueError):  # not in the main thread, where Ray changes nothing either
