@@ -23,6 +23,11 @@ PAIR = "demo/original demo/unlearned"
 SCORES = "--score s.json:q --score s.json:u --maximize q --subject-to 'u>=0' --per-layer-groups 2"
 QUESTIONS = """[{"question": "alice lives in", "answer": "paris",
   "paraphrased_answer": "paris", "perturbed_answer": ["rome", "oslo"]}]"""
+RECIPE = """merge_method: uipe
+base_model: demo/original
+models: [{model: demo/unlearned, parameters: {alpha: 1}}]
+dtype: float32
+"""
 # What is run, by extra, after `uipe-merge demo demo`: (exit code, command).
 COMMANDS: dict[str, list[tuple[int, str]]] = {
     "": [(0, "uipe-merge verify demo/merged-1"), (2, f"uipe-merge inspect {PAIR} --plot map.png")],
@@ -42,6 +47,9 @@ COMMANDS: dict[str, list[tuple[int, str]]] = {
     ],
     "s3": [(10, "uipe-merge verify s3://bucket/model")],
     "gcs": [(10, "uipe-merge verify gs://bucket/model")],
+    "lm-eval": [(0, "uipe-merge lm-eval run --help")],
+    "mergekit": [(0, "uipe-merge mergekit recipe.yml theirs --no-copy-tokenizer")],
+    "ray": [(10, f"uipe-merge {PAIR} --alpha 1 -o out --executor ray --ray-address 127.0.0.1:9")],
 }
 
 
@@ -82,6 +90,7 @@ def try_extra(extra: str, directory: Path) -> list[str]:
     }
     (directory / "q.json").write_text(QUESTIONS)
     (directory / "score.sh").write_text('echo \'{"q": 1, "u": 1}\' > "$2/s.json"\n')
+    (directory / "recipe.yml").write_text(RECIPE)
     pip = "python -m pip --disable-pip-version-check"
     asked = [extra] if extra != "all" else [name for name in COMMANDS if name]
     steps = [

@@ -33,6 +33,9 @@ LIBRARIES = {
     "study": ["optuna", "rouge_score", "scipy"],
     "s3": ["s3fs"],
     "gcs": ["gcsfs"],
+    "lm-eval": ["lm_eval"],
+    "mergekit": ["mergekit"],
+    "ray": ["ray"],
 }
 QUESTIONS = (
     '[{"question": "q", "answer": "a", "paraphrased_answer": "b", "perturbed_answer": ["c"]}]'
@@ -42,7 +45,8 @@ SEARCH = (
     *("search", "original", "unlearned", "--eval", "true {model} {out}", "-o", "best"),
     *("--score", "s.json:q", "--score", "s.json:u", "--maximize", "q", "--subject-to", "u>=0"),
 )
-# What is missing, the command that needs it, and the extra that has it.
+# What is missing, the command that needs it, and the extra that has it; of mergekit, which is asked
+# for its version, test_mergekit.py.
 NEEDS = [
     ("matplotlib", ("inspect", "original", "unlearned", "--plot", "map.png"), "plot"),
     ("plotly", ("inspect", "original", "unlearned", "--plot", "map.html"), "plot"),
@@ -56,6 +60,8 @@ NEEDS = [
     ("s3fs", ("verify", "s3://bucket/out"), "s3"),
     ("gcsfs", ("inspect", "gs://bucket/base", "unlearned"), "gcs"),
     ("gcsfs", ("original", "gs://bucket/new", "--alpha", "1", "-o", "out"), "gcs"),
+    ("lm_eval", ("lm-eval", "--model", "uipe", "--tasks", "any"), "lm-eval"),
+    ("ray", (*("original", "unlearned", "--alpha", "1", "-o", "out"), "--executor", "ray"), "ray"),
 ]
 
 
