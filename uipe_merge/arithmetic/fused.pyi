@@ -5,25 +5,28 @@ def extrapolate(
     original_type: bytes,
     unlearned: memoryview,
     unlearned_type: bytes,
-    out: memoryview,
+    outs: tuple[memoryview, ...],
     out_type: bytes,
-    alpha: float,
+    alphas: tuple[float, ...],
     cell: int,
     by_chance: bool,
     key: int,
     first: int,
     /,
-) -> list[tuple[float, ...]]:
-    """Fill ``out`` with θᵤ + α·v. A type is ``b"B"`` for bfloat16, ``b"F"`` for float32.
+) -> list[list[tuple[float, ...]]]:
+    """Fill each of ``outs`` with θᵤ + α·v, v being formed once for all of them.
+
+    A type is ``b"B"`` for bfloat16, ``b"F"`` for float32.
 
     With ``by_chance`` a bfloat16 output is rounded up or down by the noise of ``key``, the
     buffers beginning at element ``first`` of the tensor; see ``arithmetic.noise``.
 
-    Returns, for every ``cell`` elements, the five moments of ``blocks.Moments`` and the count
-    of v ≠ 0. Where one is not finite, neither need the weights be right.
+    Returns, for each output and every ``cell`` elements, the five moments of ``blocks.Moments``
+    and the count of v ≠ 0. Where one is not finite, neither need the weights be right.
 
     Raises:
-        ValueError: The buffers hold different numbers of elements, or a type is another.
+        ValueError: The buffers hold different numbers of elements, a type is another, or there
+            is no output, more than sixteen, or another number of ``alphas``.
     """
 
 def mix(
