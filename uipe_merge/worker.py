@@ -1,8 +1,8 @@
 """One thread's work on one block: read, compute, write. Buffers are made once and reused.
 
 Several plans that differ in their coefficients alone are done together: a block is read once for
-all of them, and those that are plain steps of compiled types go through it in one pass. torch is imported when the first block comes that needs it; a plan of copies runs
-without it.
+all of them, and plain steps of compiled types go through it in one pass. torch is imported when
+the first block comes that needs it; a plan of copies runs without it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from uipe_merge.output.shard import ShardWriter
 
 _TOGETHER = 2**24
-"""Bytes of the outputs of one pass at most, or one output."""
+"""Bytes of the outputs of one pass at most, unless one has more."""
 
 Rows = list[tuple[float, ...]]
 """The moments of every cell of a block; none for copies and casts."""
@@ -84,9 +84,9 @@ class MergeWorker:
         self._reader = BlockReader(pair, max(map(widest_input, plans)), block)
         self._guards = [Guard(plan, pair) for plan in plans]
         width = max((step.dtype.bits // 8 for step in plans[0].steps), default=1)
+        self._block = block
         self._out_bytes = block * width
         self._outs: list[memoryview] = []
-        self._most = max(1, min(_TOGETHER // self._out_bytes, native.MOST_ALPHAS))
         self._computing = Computing(pair, growths, device)
 
     def __call__(self, block: Block) -> BlockResult:
@@ -114,7 +114,9 @@ class MergeWorker:
         lot: list[tuple[int, ShardWriter, Step]] = []
         for variant, writer in self._writers(block.shard):
             step = self._plans[variant].shards[block.shard].steps[block.step]
-            if lot and (len(lot) == self._most or not _alike(lot[0][2], step)):
+            room = _TOGETHER * 8 // (self._block * step.dtype.bits)
+            full = len(lot) >= min(room, native.MOST_ALPHAS)
+            if lot and (full or not _alike(lot[0][2], step)):
                 yield lot
                 lot = []
             lot.append((variant, writer, step))
