@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import resource
 import shlex
@@ -10,6 +11,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 from helpers import (
     assert_refused,
     contents,
@@ -125,6 +127,62 @@ def test_both_checkpoints_are_read_once(tmp_path: Path) -> None:
             uipe_merge.grid(*pair, tmp_path / str(len(alphas)), alphas, progress=False)
         totals.append(sum(read))
     assert totals[0] == totals[1]
+
+
+def plain_pair(root: Path, old: float, new: float, dtype: torch.dtype) -> tuple[Path, Path]:
+    """A tensor of ordinary values with one that is not, in the middle, and another beside it."""
+    rng = torch.Generator().manual_seed(5)
+    tensors = {"a": torch.randn(700, 300, generator=rng), "b": torch.randn(31, generator=rng)}
+    moved = {name: each * 1.01 for name, each in tensors.items()}
+    tensors["a"][350, 7], moved["a"][350, 7] = old, new
+    sides = [{name: each.to(dtype) for name, each in side.items()} for side in (tensors, moved)]
+    return write_checkpoint(root / "original", sides[0]), write_checkpoint(
+        root / "unlearned", sides[1]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_more_variants_than_one_pass_takes(tmp_path: Path, dtype: torch.dtype) -> None:
+    pair = plain_pair(tmp_path, 0.5, 1.0, dtype)
+    alphas = [-1.0, *(0.25 * number for number in range(23))]
+    report = uipe_merge.grid(*pair, tmp_path / "grid", alphas, progress=False, threads=2)
+    assert len(report.reports) == 24
+    for name, alpha in (("minus1", -1.0), ("0.25", 0.25), ("5.5", 5.5)):
+        assert_same(
+            contents(tmp_path / "grid" / f"uipe-{name}"),
+            single(tmp_path, f"uipe-{name}", "--alpha", alpha),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_squares_that_overflow_change_nothing(tmp_path: Path, dtype: torch.dtype) -> None:
+    """The values fit, the moments of the compiled pass do not."""
+    pair = plain_pair(tmp_path, 5e36, 1e37, dtype)
+    uipe_merge.grid(*pair, tmp_path / "grid", [0.5, 2.0, 3.0], progress=False)
+    for alpha in ("0.5", "2", "3"):
+        found = contents(tmp_path / "grid" / f"uipe-{alpha}")
+        assert_same(found, single(tmp_path, f"uipe-{alpha}", "--alpha", alpha))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (2e37, 1e38, ("'a'", "1 values do not fit", "at alpha 4", "smaller alpha")),
+        (1.0, math.nan, ("'a'", "NaN", "index 105007", "/unlearned/")),
+        (-math.inf, 1.0, ("'a'", "infinite", "index 105007", "/original/")),
+    ],
+    ids=["overflow", "nan", "inf"],
+)
+def test_what_is_not_finite_is_reported_as_merge_does(
+    tmp_path: Path, old: float, new: float, words: tuple[str, ...]
+) -> None:
+    """Of eight α, 2 is the last whose results fit."""
+    pair = plain_pair(tmp_path, old, new, torch.bfloat16)
+    alphas = "0.25,0.5,1,1.5,2,4,8,16"
+    grid = run_here("grid", *pair, "--alphas", alphas, "-o", tmp_path / "grid", "--threads", 1)
+    assert_refused(grid, 7, *words)
+    alone = run_here(*pair, "--alpha", 4, "-o", tmp_path / "alone")
+    assert alone.err == grid.err
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -36,10 +36,23 @@ def run(
     cell: int = CELL,
     chance: tuple[bool, int, int] = (False, 0, 0),
 ) -> tuple[torch.Tensor, list[tuple[float, ...]]]:
-    out = bytearray(two.numel() * dtype.itemsize)
+    [found] = run_all(one, two, [alpha], dtype, cell, chance)
+    return found
+
+
+def run_all(
+    one: torch.Tensor,
+    two: torch.Tensor,
+    alphas: list[float],
+    dtype: torch.dtype,
+    cell: int = CELL,
+    chance: tuple[bool, int, int] = (False, 0, 0),
+) -> list[tuple[torch.Tensor, list[tuple[float, ...]]]]:
+    outs = tuple(bytearray(two.numel() * dtype.itemsize) for _ in alphas)
     sides = [item for side in (one, two) for item in (bits(side).tobytes(), LETTERS[side.dtype])]
-    moments = fused.extrapolate(*sides, out, LETTERS[dtype], alpha, cell, *chance)
-    return torch.frombuffer(out or bytearray(8), dtype=dtype)[: two.numel()], moments
+    every = fused.extrapolate(*sides, outs, LETTERS[dtype], tuple(alphas), cell, *chance)
+    weights = [torch.frombuffer(out or bytearray(8), dtype=dtype)[: two.numel()] for out in outs]
+    return list(zip(weights, every, strict=True))
 
 
 def expected(
@@ -95,6 +108,44 @@ def test_any_bits_give_the_bits_of_torch_or_are_refused(
         assert moments[0][4:] == (theirs.changed, differing)
 
 
+SPECIAL = [0x7FC0, 0x7F80, 0xFF80, 0x7F7F, 0x8000, 0x0001]
+"""Of bfloat16: NaN, ±∞, the largest, −0, the smallest."""
+
+
+@pytest.mark.parametrize(("one", "two", "out"), TRIPLES, ids=dtype_id)
+@settings(max_examples=25, deadline=None)
+@given(
+    count=st.sampled_from([*ODD, 2048, 3333]),
+    alphas=st.lists(
+        st.one_of(st.sampled_from([*ALPHAS, -0.0]), st.floats(-1e3, 1e3)), min_size=1, max_size=16
+    ),
+    placed=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 3332), st.sampled_from(SPECIAL))),
+    cell=st.sampled_from([CELL, 1500, 1024, 700]),
+    noise=st.one_of(st.none(), st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**40))),
+)
+def test_several_alphas_at_once_are_each_what_one_is_alone(
+    one: torch.dtype,
+    two: torch.dtype,
+    out: torch.dtype,
+    count: int,
+    alphas: list[float],
+    placed: list[tuple[int, int, int]],
+    cell: int,
+    noise: tuple[int, int] | None,
+) -> None:
+    original, unlearned = (side[:count] for side in mixed_pair(one, two, (count + 2,), seed=count))
+    for side, at, raw in placed:
+        if at < count:
+            stored = unlearned if side else original
+            stored[at] = from_patterns([raw], torch.bfloat16)[0].to(stored.dtype)
+    chance = (True, *noise) if noise and out == torch.bfloat16 else (False, 0, 0)
+    together = run_all(original, unlearned, alphas, out, cell, chance)
+    for alpha, (weights, moments) in zip(alphas, together, strict=True):
+        alone, single = run(original, unlearned, alpha, out, cell, chance)
+        assert np.array_equal(bits(weights), bits(alone))
+        assert np.array_equal(np.array(moments), np.array(single), equal_nan=True)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 700))
 @example(1024, 1)
@@ -143,16 +194,23 @@ def test_minus_zero_stays_where_nothing_changed() -> None:
 def test_what_does_not_fit_together_is_an_error() -> None:
     two, three = memoryview(bytearray(4)), memoryview(bytearray(6))
     for arguments in [
-        (two, b"B", two, b"B", three, b"B", 1.0, 1),
-        (two, b"B", three, b"B", two, b"B", 1.0, 1),
-        (two, b"F", two, b"B", two, b"B", 1.0, 1),
-        (two, b"H", two, b"B", two, b"B", 1.0, 1),
-        (two, b"B", two, b"B", two, b"B", 1.0, 0),
+        (two, b"B", two, b"B", (three,), b"B", (1.0,), 1),
+        (two, b"B", two, b"B", (two, three), b"B", (1.0, 2.0), 1),
+        (two, b"B", three, b"B", (two,), b"B", (1.0,), 1),
+        (two, b"F", two, b"B", (two,), b"B", (1.0,), 1),
+        (two, b"H", two, b"B", (two,), b"B", (1.0,), 1),
+        (two, b"B", two, b"B", (two,), b"B", (1.0,), 0),
+        (two, b"B", two, b"B", (), b"B", (), 1),
+        (two, b"B", two, b"B", (two,) * 17, b"B", (1.0,) * 17, 1),
+        (two, b"B", two, b"B", (two, two), b"B", (1.0,), 1),
     ]:
-        with pytest.raises(ValueError, match=r"elements|type"):
+        with pytest.raises(ValueError, match=r"elements|type|outputs"):
             fused.extrapolate(*arguments, False, 0, 0)
-    with pytest.raises(TypeError, match="read-write"):
-        fused.extrapolate(two, b"B", two, b"B", memoryview(bytes(4)), b"B", 1.0, 1, False, 0, 0)
+    for outs, alphas in [((memoryview(bytes(4)),), (1.0,)), ((two, 7), (1.0, 1.0)), ((two,), "1")]:
+        with pytest.raises((TypeError, BufferError)):
+            fused.extrapolate(two, b"B", two, b"B", outs, b"B", alphas, 1, False, 0, 0)
+    with pytest.raises(TypeError):
+        fused.extrapolate(two, b"B", two, b"B", (two,), b"B", ("1",), 1, False, 0, 0)
 
 
 def test_a_merge_without_it_writes_the_same_weights(

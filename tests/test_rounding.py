@@ -78,8 +78,9 @@ def test_the_compiled_arithmetic_rounds_to_the_same_bits(
     one, two = one[:count], two[:count]
     out = bytearray(2 * count)
     sides = [memoryview(bits(side).tobytes()) for side in (one, two)]
-    [moments] = fused.extrapolate(
-        sides[0], b"B", sides[1], b"B", memoryview(out), b"B", alpha, 2**17, True, key, first
+    written = ((memoryview(out),), b"B", (alpha,))
+    [[moments]] = fused.extrapolate(
+        sides[0], b"B", sides[1], b"B", *written, 2**17, True, key, first
     )
     cell = Cell(count, work_dtype(torch.bfloat16, torch.bfloat16, torch.bfloat16))
     cell.load(one, two)

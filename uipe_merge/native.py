@@ -30,6 +30,9 @@ _ARITHMETICS = get_args(Arithmetic)
 _MOST = 12
 """Operands, terms and vectors that the compiled functions take."""
 
+MOST_ALPHAS = 16
+"""α that they take at once."""
+
 
 def covers(step: Step) -> bool:
     """Tell whether a step can be done here."""
@@ -55,16 +58,21 @@ def suffices(plan: Plan) -> bool:
 
 
 def extrapolate(
-    step: Step, operands: Sequence[memoryview], out: memoryview, first: int = 0
-) -> list[tuple[float, ...]] | None:
-    """Fill ``out`` with θᵤ + α·v; return the moments of each cell as in ``arithmetic.blocks``.
+    step: Step,
+    alphas: Sequence[float],
+    operands: Sequence[memoryview],
+    outs: Sequence[memoryview],
+    first: int = 0,
+) -> list[list[tuple[float, ...]] | None]:
+    """Fill every output with θᵤ + α·v; return its moments of each cell, as ``arithmetic.blocks``.
 
-    ``operands`` are θ₀ and θᵤ, ``first`` is the element of the tensor that they begin at.
-    ``None`` if one of the moments is not finite; the content of ``out`` means nothing then.
+    ``operands`` are θ₀ and θᵤ, ``first`` is the element of the tensor that they begin at. There
+    is one α, in place of the step's own, and one buffer of ``outs`` for each output, and at most
+    ``MOST_ALPHAS``. ``None`` if one of an output's moments is not finite; what was written for it
+    means nothing then.
     """
-    original, unlearned = operands
-    found = _run(step, original, unlearned, out, first)
-    return found and [moments[:5] for moments in found]
+    every = _run(step, alphas, operands, outs, first)
+    return [found and [moments[:5] for moments in found] for found in every]
 
 
 def measure(
@@ -79,11 +87,13 @@ def measure(
     ``None`` if a sum is not finite.
     """
     tried = []
-    for alpha in alphas:
-        found = _run(step._replace(alpha=alpha, noise=None), original, unlearned, out, 0)
-        if found is None:
-            return None
-        tried.append(found)
+    for at in range(0, len(alphas), MOST_ALPHAS):
+        some = alphas[at : at + MOST_ALPHAS]
+        plain = step._replace(noise=None)
+        for found in _run(plain, some, (original, unlearned), [out] * len(some), 0):
+            if found is None:
+                return None
+            tried.append(found)
     rows = []
     for cells in zip(*tried, strict=True):
         update, square, *_, differing = cells[0]
@@ -117,15 +127,18 @@ def _types(step: Step) -> bytes:
 
 
 def _run(
-    step: Step, original: memoryview, unlearned: memoryview, out: memoryview, first: int
-) -> list[tuple[float, ...]] | None:
-    assert step.original is not None  # noqa: S101 - the plan gives it for this operation
-    one, two, three = (
-        _TYPES[dtype.name] for dtype in (step.original.dtype, step.source.dtype, step.dtype)
-    )
+    step: Step,
+    alphas: Sequence[float],
+    operands: Sequence[memoryview],
+    outs: Sequence[memoryview],
+    first: int,
+) -> list[list[tuple[float, ...]] | None]:
+    original, unlearned = operands
+    one, two = (_TYPES[operand.spec.dtype.name] for operand in step.operands)
+    written = (tuple(outs), _TYPES[step.dtype.name], tuple(alphas))
     chance = (step.noise is not None, step.noise or 0, first)
     how = (_ARITHMETICS.index(step.arithmetic), step.weight)
-    found = fused.extrapolate(
-        original, one, unlearned, two, out, three, step.alpha, CELL, *chance, *how
-    )
-    return found if all(math.isfinite(sum(moments)) for moments in found) else None
+    every = fused.extrapolate(original, one, unlearned, two, *written, CELL, *chance, *how)
+    return [
+        found if all(math.isfinite(sum(moments)) for moments in found) else None for found in every
+    ]

@@ -1,8 +1,8 @@
 """One thread's work on one block: read, compute, write. Buffers are made once and reused.
 
 Several plans that differ in their coefficients alone are done together: a block is read once for
-all of them. torch is imported when the first block comes that needs it; a plan of copies runs
-without it.
+all of them, and plain steps of compiled types go through it in one pass. torch is imported when
+the first block comes that needs it; a plan of copies runs without it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from uipe_merge.plan import BLOCK, Plan, Step
 from uipe_merge.reader import BlockReader, Pair, widest_input
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from uipe_merge.cutting import Block
     from uipe_merge.deltas import Growths
     from uipe_merge.output.shard import ShardWriter
+
+_TOGETHER = 2**24
+"""Bytes of the outputs of one pass at most, unless one has more."""
 
 Rows = list[tuple[float, ...]]
 """The moments of every cell of a block; none for copies and casts."""
@@ -81,27 +84,61 @@ class MergeWorker:
         self._reader = BlockReader(pair, max(map(widest_input, plans)), block)
         self._guards = [Guard(plan, pair) for plan in plans]
         width = max((step.dtype.bits // 8 for step in plans[0].steps), default=1)
-        self._out = allocate(block * width)
+        self._block = block
+        self._out_bytes = block * width
+        self._outs: list[memoryview] = []
         self._computing = Computing(pair, growths, device)
 
     def __call__(self, block: Block) -> BlockResult:
         """Read, compute and write one block."""
         self._reader.begin()
         written = []
-        for variant, writer in self._writers(block.shard):
-            shard = self._plans[variant].shards[block.shard]
-            step = shard.steps[block.step]
-            place = step.offset + block.start * (step.dtype.bits // 8)
-            data, sums = self._produce(self._guards[variant], step, block, place)
-            writer.write(block.sequence, data, place)
-            digest = writer.finish(shard.size) if block.last else None
-            written.append(Written(variant, sums, digest))
+        for lot in self._lots(block):
+            computed = self._extrapolate(lot, block) if len(lot) > 1 else [None]
+            for (variant, writer, step), found in zip(lot, computed, strict=True):
+                place = step.offset + block.start * (step.dtype.bits // 8)
+                data, sums = found or self._produce(self._guards[variant], step, block, place)
+                writer.write(block.sequence, data, place)
+                size = self._plans[variant].shards[block.shard].size
+                digest = writer.finish(size) if block.last else None
+                written.append(Written(variant, sums, digest))
         return BlockResult(block, written)
 
     def close(self) -> None:
         """Close the input files."""
         self._reader.close()
         self._computing.close()
+
+    def _lots(self, block: Block) -> Iterator[list[tuple[int, ShardWriter, Step]]]:
+        """Yield the outputs of a block, with its step in each: one, or several for one pass."""
+        lot: list[tuple[int, ShardWriter, Step]] = []
+        for variant, writer in self._writers(block.shard):
+            step = self._plans[variant].shards[block.shard].steps[block.step]
+            room = _TOGETHER * 8 // (self._block * step.dtype.bits)
+            full = len(lot) >= min(room, native.MOST_ALPHAS)
+            if lot and (full or not _alike(lot[0][2], step)):
+                yield lot
+                lot = []
+            lot.append((variant, writer, step))
+        if lot:
+            yield lot
+
+    def _extrapolate(
+        self, lot: Sequence[tuple[int, ShardWriter, Step]], block: Block
+    ) -> list[tuple[memoryview, Rows] | None]:
+        """Do a lot in one pass; ``None`` for what is not compiled, or came out not finite."""
+        whole = lot[0][2]
+        step = whole.at(block.start, block.elements)
+        if not native.covers(step):
+            return [None] * len(lot)
+        place = whole.offset + block.start * (whole.dtype.bits // 8)
+        outs = [self._out_view(step, block, place, number) for number in range(len(lot))]
+        operands = self._reader.operands(step, block.elements, place)
+        alphas = [step.alpha for _, _, step in lot]
+        found = native.extrapolate(step, alphas, operands, outs, block.start)
+        return [
+            None if rows is None else (out, rows) for out, rows in zip(outs, found, strict=True)
+        ]
 
     def _produce(
         self, guard: Guard, whole: Step, block: Block, place: int
@@ -143,8 +180,10 @@ class MergeWorker:
         operand that it reads.
         """
         if native.covers(step):
-            compiled = native.mix if step.terms else native.extrapolate
-            found = compiled(step, operands, out, first)
+            if step.terms:
+                found = native.mix(step, operands, out, first)
+            else:
+                [found] = native.extrapolate(step, [step.alpha], operands, [out], first)
             if found is not None:
                 return found
         sums: Rows = []
@@ -157,5 +196,13 @@ class MergeWorker:
             sums.append(tuple(moments))
         return sums
 
-    def _out_view(self, step: Step, block: Block, place: int) -> memoryview:
-        return placed(self._out, block.elements * (step.dtype.bits // 8), place)
+    def _out_view(self, step: Step, block: Block, place: int, number: int = 0) -> memoryview:
+        while len(self._outs) <= number:
+            self._outs.append(allocate(self._out_bytes))
+        return placed(self._outs[number], block.elements * (step.dtype.bits // 8), place)
+
+
+def _alike(one: Step, other: Step) -> bool:
+    """Tell whether two steps add nothing but α·v to the same tensor, and differ in α alone."""
+    plain = one.operation == "extrapolate" and not one.terms
+    return plain and one._replace(alpha=other.alpha) == other

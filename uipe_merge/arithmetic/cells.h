@@ -26,10 +26,6 @@ enum { BF16, F32 };
 #define VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define VECTORISED
-/* The functions of mixed.c, for the module's table in fused.c. */
-__attribute__((visibility("hidden"))) PyObject *mix(PyObject *module, PyObject *arguments);
-__attribute__((visibility("hidden"))) PyObject *products(PyObject *module, PyObject *arguments);
-
 #endif
 
 /* No compiler need warn if only one of the two files calls it. */
@@ -122,6 +118,33 @@ SHARED void to_doubles(const Py_buffer *buffer, int type, size_t at, size_t some
         from = narrow;
     }
     f32_to_f64(from, (void *)wide, some);
+}
+
+/* Return a list of tuples, one a cell, of ``width`` numbers each. */
+SHARED PyObject *rows_of(const double *numbers, size_t cells, int width)
+{
+    PyObject *rows = PyList_New((Py_ssize_t)cells);
+    for (size_t number = 0; rows != NULL && number < cells; number++) {
+        PyObject *row = PyTuple_New(width);
+        for (int i = 0; row != NULL && i < width; i++) {
+            PyObject *value = PyFloat_FromDouble(numbers[number * (size_t)width + (size_t)i]);
+            if (value == NULL)
+                Py_CLEAR(row);
+            else
+                PyTuple_SetItem(row, i, value); /* takes the reference */
+        }
+        if (row == NULL)
+            Py_CLEAR(rows);
+        else
+            PyList_SetItem(rows, (Py_ssize_t)number, row); /* takes the reference */
+    }
+    return rows;
+}
+
+SHARED int refused(const char *message)
+{
+    PyErr_SetString(PyExc_ValueError, message);
+    return -1;
 }
 
 /* The functions of mixed.c, for the module's table in fused.c. */

@@ -5,9 +5,9 @@ def extrapolate(
     original_type: bytes,
     unlearned: memoryview,
     unlearned_type: bytes,
-    out: memoryview,
+    outs: tuple[memoryview, ...],
     out_type: bytes,
-    alpha: float,
+    alphas: tuple[float, ...],
     cell: int,
     by_chance: bool,
     key: int,
@@ -15,20 +15,22 @@ def extrapolate(
     arithmetic: int = 0,
     weight: float = 0.0,
     /,
-) -> list[tuple[float, ...]]:
-    """Fill ``out`` with θᵤ + α·v. A type is ``b"B"`` for bfloat16, ``b"F"`` for float32.
+) -> list[list[tuple[float, ...]]]:
+    """Fill each of ``outs`` with θᵤ + α·v, v being formed once for all of them.
+
+    A type is ``b"B"`` for bfloat16, ``b"F"`` for float32.
 
     With ``by_chance`` a bfloat16 output is rounded up or down by the noise of ``key``, the
     buffers beginning at element ``first`` of the tensor; see ``arithmetic.noise``.
     ``arithmetic`` is 0 for one size wider than the output, 1 for float32 whatever the output, and 2
     for θ₀ + w·v in float32 with the ``weight`` w, as in ``blocks.TaskCell``; that is not rounded by chance.
 
-    Returns, for every ``cell`` elements, the five moments of ``blocks.Moments`` and the count
-    of v ≠ 0. Where one is not finite, neither need the weights be right.
+    Returns, for each output and every ``cell`` elements, the five moments of ``blocks.Moments``
+    and the count of v ≠ 0. Where one is not finite, neither need the weights be right.
 
     Raises:
-        ValueError: The buffers hold different numbers of elements, or a type or the arithmetic
-            is another.
+        ValueError: The buffers hold different numbers of elements, a type or the arithmetic is
+            another, or there is no output, more than sixteen, or another number of ``alphas``.
     """
 
 def mix(

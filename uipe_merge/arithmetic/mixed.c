@@ -235,33 +235,6 @@ static void cell_of_products(
     }
 }
 
-/* Return a list of tuples, one a cell, of ``width`` numbers each. */
-static PyObject *rows_of(const double *numbers, size_t cells, int width)
-{
-    PyObject *rows = PyList_New((Py_ssize_t)cells);
-    for (size_t number = 0; rows != NULL && number < cells; number++) {
-        PyObject *row = PyTuple_New(width);
-        for (int i = 0; row != NULL && i < width; i++) {
-            PyObject *value = PyFloat_FromDouble(numbers[number * (size_t)width + (size_t)i]);
-            if (value == NULL)
-                Py_CLEAR(row);
-            else
-                PyTuple_SetItem(row, i, value); /* takes the reference */
-        }
-        if (row == NULL)
-            Py_CLEAR(rows);
-        else
-            PyList_SetItem(rows, (Py_ssize_t)number, row); /* takes the reference */
-    }
-    return rows;
-}
-
-static int refused(const char *message)
-{
-    PyErr_SetString(PyExc_ValueError, message);
-    return -1;
-}
-
 static void release(Operands *operands)
 {
     while (operands->count)
