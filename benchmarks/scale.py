@@ -158,7 +158,8 @@ def plan(model: Model, work: Path) -> dict[str, int]:
     for name in ("original", "unlearned"):
         write_checkpoint(work / name, shapes, config, shards=model.shards, holes=True)
     # An output by URL needs no room here; of a plan nothing is written.
-    words = [work / "original", work / "unlearned", "--alpha", "2", "-o", "memory://out"]
+    pair = [str(work / name) for name in ("original", "unlearned")]
+    words = [*pair, "--alpha", "2", "-o", "memory://out"]
     done = subprocess.run(
         [sys.executable, "-m", "uipe_merge", *words, "--dry-run", "--json"],
         check=True,

@@ -4,6 +4,7 @@ import json
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,9 +31,12 @@ class Sliced(NamedTuple):
     merge: Merge
     complete: dict[str, bytes]
 
-    def run(self, part: str, filesystem: FileSystem | None = None, **more: bool) -> SliceReport:
+    def run(
+        self, part: str, filesystem: FileSystem | None = None, *, overwrite: bool = False
+    ) -> SliceReport:
         """Make a slice in this process."""
-        plan = api.plan(*self.merge.inputs, self.merge.output, alpha=self.merge.alpha, **more)
+        alpha, output = self.merge.alpha, self.merge.output
+        plan = api.plan(*self.merge.inputs, output, alpha=alpha, overwrite=overwrite)
         return slicing.run_slice(
             plan, parse_slice(part), Serial(), filesystem or LocalFileSystem(), Silent()
         )
@@ -50,6 +54,9 @@ class Sliced(NamedTuple):
         except OSError:
             return 0
         return max(lines - 1, 0)
+
+    def has_recorded(self, part: str) -> bool:
+        return self.recorded(part) > 0
 
     def assert_published(self) -> None:
         assert self.merge.state(self.complete) == "complete"
@@ -125,7 +132,7 @@ class TestTogether:
         with hold(case.merge.partial):
             children = [Child(case.merge.command("--slice", part)) for part in parts[1:]]
             for part, child in zip(parts[1:], children, strict=True):
-                assert child.wait_for(lambda part=part: case.recorded(part) == 1)
+                assert child.wait_for(partial(case.has_recorded, part))
             assert not case.merge.output.exists()
         assert [child.finish() for child in children] == [(0, "")] * 4
         case.assert_published()
