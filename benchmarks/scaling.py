@@ -22,7 +22,7 @@ import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from checkpoints import geometry
 from machine import load
@@ -102,8 +102,13 @@ def ray_address() -> Iterator[str | None]:
     from ray.cluster_utils import Cluster
 
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
-    cluster = Cluster()
-    cluster.add_node(num_cpus=2, node_ip_address="127.0.0.1", include_dashboard=False)
+    cluster: Any = Cluster()
+    cluster.add_node(
+        num_cpus=2,
+        node_ip_address="127.0.0.1",
+        include_dashboard=False,
+        object_store_memory=80 * 2**20,
+    )
     try:
         # Ray takes the loopback by its usual name for another address of this machine.
         yield cluster.address.replace("127.0.0.1", "[::ffff:127.0.0.1]")

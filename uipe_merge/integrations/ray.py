@@ -82,7 +82,6 @@ def cluster(job: Job, address: str | None, width: int | None) -> Iterator[RayExe
 
 def _import_ray() -> Any:  # noqa: ANN401 - a module
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     try:
         import ray
     except ImportError:
