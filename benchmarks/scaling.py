@@ -113,7 +113,7 @@ def ray_address() -> Iterator[str | None]:
         # Ray takes the loopback by its usual name for another address of this machine.
         yield cluster.address.replace("127.0.0.1", "[::ffff:127.0.0.1]")
     finally:
-        cluster.shutdown()  # type: ignore[no-untyped-call]  # Ray ships no types for it
+        cluster.shutdown()
 
 
 def main() -> None:
