@@ -486,6 +486,20 @@ def test_what_has_no_effect_in_mergekit_has_none_here(work: Path, models: dict[s
     same(read_tensors(work / "odd"), read_tensors(work / "plain"))
 
 
+def test_a_record_is_computed_again_and_slices_are_finished(
+    work: Path, models: dict[str, Path]
+) -> None:
+    (work / "c.yml").write_text(yaml.safe_dump(recipe(models["llama"], [1, 3])))
+    here("c.yml", "-o", "whole", "--max-shard-size", "8kB")
+    here("verify", "whole", "--deep", "--sample", 1)
+    parts = ["c.yml", "-o", "parts", "--max-shard-size", "8kB", "--slice"]
+    here(*parts, "1/2")
+    assert run_here("finish", "parts").code == 8
+    here(*parts, "2/2")
+    same(read_tensors(work / "whole"), read_tensors(work / "parts"))
+    here("verify", "parts", "--deep", "--sample", 1)
+
+
 def test_the_record_names_the_recipe_and_holds_it(work: Path, models: dict[str, Path]) -> None:
     text = yaml.safe_dump(recipe(models["llama"], [1, 3])) + "# ``` no fence ends here\n"
     (work / "c.yml").write_text(text)
