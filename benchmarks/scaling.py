@@ -4,8 +4,8 @@
     python benchmarks/scaling.py --size 2.5GB
 
 Every round takes one after the other of all that is measured, so that a slow minute hits all of
-them alike. Ray workers stay between rounds; their start is not measured, nor is the program's:
-the seconds are those that it reports, of slices until the last one has published.
+them alike. The seconds are those that the program reports: without its own start, but with that of
+the Ray workers, which every run starts anew. Those of slices are from the first start to the last end.
 """
 
 from __future__ import annotations

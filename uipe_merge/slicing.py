@@ -200,7 +200,9 @@ def finish(
             whole.settle()
             return replace(nothing, elsewhere=True)
         if slices.begun() is None:
-            return replace(nothing, elsewhere=_is_published(job))
+            if not _is_published(job):
+                raise OutputError("what its slices had made was removed", file=job.named)
+            return replace(nothing, elsewhere=True)
         slices.require_own(_shared_identity(job, count))
         if missing := _missing(job.plan, slices.records(), count):
             return replace(nothing, missing=missing)
