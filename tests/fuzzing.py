@@ -28,7 +28,7 @@ from uipe_merge.errors import CorruptInputError, UipeMergeError, escape
 from uipe_merge.output.manifest import parse_manifest
 from uipe_merge.recipe import Recipe
 from uipe_merge.recipe_file import read_recipe, write_recipe
-from uipe_merge.recomputing import Record
+from uipe_merge.recorded import Record
 from uipe_merge.study import layouts
 from uipe_merge.study.gridfile import read_grid
 

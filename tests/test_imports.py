@@ -33,6 +33,7 @@ LAYERS: list[set[str]] = [
     {"study"},
     {"verification"},
     {"recomputing"},
+    {"recorded"},
     {"inspection"},
     {"gridding"},
     {"grids"},

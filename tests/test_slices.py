@@ -1,6 +1,7 @@
 """A merge in slices: real processes at once, killed, finished, mixed up; the same bytes as one."""
 
 import json
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -271,6 +272,15 @@ class TestFinish:
         again = run_here("finish", case.merge.output)
         assert (again.code, again.out) == (0, "")
         assert "is published already" in again.err
+
+    def test_what_was_removed_meanwhile_is_no_other_process(self, case: Sliced) -> None:
+        case.run("1/2")
+        merge = case.merge
+        job = api.plan(*merge.inputs, merge.output, alpha=merge.alpha)
+        shutil.rmtree(merge.partial)
+        with pytest.raises(OutputError, match="what its slices had made was removed"):
+            slicing.finish(job, 2, Serial(), LocalFileSystem(), Silent())
+        assert not merge.output.exists()
 
     def test_paths_that_were_relative_mean_nothing_elsewhere(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

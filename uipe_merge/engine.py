@@ -13,7 +13,7 @@ from uipe_merge.output.journal import ShardRecord
 from uipe_merge.output.shard import ShardAborted, ShardWriter
 from uipe_merge.plan import BLOCK, Plan
 from uipe_merge.reader import check_stamp
-from uipe_merge.report import Sums, add
+from uipe_merge.report import Sums, sums_of
 from uipe_merge.worker import BlockResult, MergeWorker, Written
 
 if TYPE_CHECKING:
@@ -57,10 +57,7 @@ def write_shards(
         CorruptInputError: An input changed or ended early.
         OutputError: The disk refused something.
     """
-    records = [dict(staging.done) for staging in stagings]
-    progress.start(sum(plan.write_bytes for plan in plans))
-    for record in (record for done in records for record in done.values()):
-        progress.advance(record.size, record.name)
+    records = kept_records(plans, stagings, progress)
     desk = _Desk(plans, pair, stagings, filesystem, block, device)
     gathered = {
         (variant, index): _Gathered(plan.shards[index].steps)
@@ -89,6 +86,17 @@ def write_shards(
     finally:
         results.close()
         desk.close()
+    return records
+
+
+def kept_records(
+    plans: Sequence[Plan], stagings: Sequence[Staging], progress: Progress
+) -> list[dict[str, ShardRecord]]:
+    """Begin the progress with the shards that an earlier run finished; return these, by plan."""
+    records = [dict(staging.done) for staging in stagings]
+    progress.start(sum(plan.write_bytes for plan in plans))
+    for record in (record for done in records for record in done.values()):
+        progress.advance(record.size, record.name)
     return records
 
 
@@ -242,11 +250,7 @@ class _Gathered:
         self._missing[index] -= max(block.elements, 1)
         if not self._missing[index]:
             del self._missing[index]
-            cells = self._cells.pop(index, None)
-            step = self._steps[index]
-            if cells or step.operation in ("extrapolate", "keep"):
-                sums = add(cells) if cells else Sums()
-                self._sums[index] = sums if step.terms else sums.of_plain(step.alpha)
+            self._sums[index] = sums_of(self._steps[index], self._cells.pop(index, []))
 
     def moments(self) -> list[list[float] | None]:
         """Return the sums of every tensor, in the order of the plan, for the journal."""

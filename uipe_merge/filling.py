@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 from uipe_merge.checkpoint import experts
 from uipe_merge.computing import torch_threads_kept
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
     from uipe_merge.checkpoint.dtypes import DType
     from uipe_merge.job import Job
-    from uipe_merge.output.shard import ShardWriter
     from uipe_merge.plan import Plan, Step
     from uipe_merge.reader import Pair
     from uipe_merge.recipe import Recipe
     from uipe_merge.settling import Settled
+    from uipe_merge.worker import Sink
 
 _MOVED = {"BOOL": "bool", "C64": "complex64"} | {
     f"{sign}{bits}": f"{name}{bits}"
@@ -96,14 +96,14 @@ class Source:
         from uipe_merge.engine import require_unchanged
         from uipe_merge.executors import make_executor
         from uipe_merge.once import Once
-        from uipe_merge.report import Sums, add, summarise
+        from uipe_merge.report import Sums, summarise, sums_of
         from uipe_merge.worker import MergeWorker
 
         plan, growths = settled.plan, Once[torch.Tensor]()
         shelves = [_Shelf(shard.steps, targets) for shard in plan.shards]
 
-        def writers(shard: int) -> list[tuple[int, ShardWriter]]:
-            return [(0, cast("ShardWriter", shelves[shard]))]  # all of it that a worker calls
+        def writers(shard: int) -> list[tuple[int, Sink]]:
+            return [(0, shelves[shard])]
 
         def make_worker() -> MergeWorker:
             return MergeWorker([plan], settled.pair, writers, growths, job.block, job.device)
@@ -122,11 +122,7 @@ class Source:
             results.close()
         require_unchanged(settled.pair)
         done = [step for step in plan.steps if step.name in cells]
-        sums = {
-            step.name: total if step.terms else total.of_plain(step.alpha)
-            for step in done
-            for total in [add(cells[step.name]) if cells[step.name] else Sums()]
-        }
+        sums = {step.name: sums_of(step, cells[step.name]) or Sums() for step in done}
         steered = plan.directions is not None
         summary = summarise(done, sums, plan.recipe.alpha, steered=steered)
         return [*job.plan.warnings, *summary.warnings()]

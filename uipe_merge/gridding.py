@@ -12,7 +12,7 @@ from uipe_merge.executors import affordable_outputs
 from uipe_merge.job import identity, require_room, run_digest
 from uipe_merge.output.filesystem import LocalFileSystem, write_document
 from uipe_merge.output.lock import hold, nothing_left, tidy
-from uipe_merge.output.manifest import MANIFEST_NAME, read_manifest
+from uipe_merge.output.manifest import MANIFEST_NAME, is_whole, read_manifest
 from uipe_merge.output.place import partial_directory
 from uipe_merge.running import run_all
 
@@ -118,13 +118,9 @@ def _made(variant: Variant) -> dict[str, object] | None:
         if job.overwrite:
             return None
         raise
-    whole = all(
-        (output / name).is_file() and (output / name).stat().st_size == record.size
-        for name, record in files.items()
-    )
     summary = manifest.get("summary")
-    ours = manifest.get("run") == run_digest(job)
-    return summary if whole and ours and isinstance(summary, dict) else None
+    ours = manifest.get("run") == run_digest(job) and is_whole(output, files)
+    return summary if ours and isinstance(summary, dict) else None
 
 
 def _write_grid(filesystem: FileSystem, grid: Grid) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from uipe_merge.plan import Operation, Step
@@ -89,6 +89,14 @@ def exact_sum(column: Iterable[float]) -> float:
 def add(groups: Iterable[Sums]) -> Sums:
     """Add sums, column by column."""
     return Sums(*map(exact_sum, zip(*groups, strict=True)))
+
+
+def sums_of(step: Step, cells: Sequence[Sums]) -> Sums | None:
+    """Return the sums of a tensor, from those of its cells; ``None`` for copies and casts."""
+    if not cells and step.operation not in ("extrapolate", "keep"):
+        return None
+    sums = add(cells) if cells else Sums()
+    return sums if step.terms else sums.of_plain(step.alpha)
 
 
 @dataclass(frozen=True, slots=True)

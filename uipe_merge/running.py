@@ -95,9 +95,10 @@ def _write_all(
 ) -> list[tuple[Settled, dict[str, ShardRecord], int]]:
     """Write and publish what is not published yet; of every job its steps, records, old shards."""
     from uipe_merge.engine import require_unchanged, write_shards  # imports numpy
-    from uipe_merge.spreading import spread_shards
 
-    write = write_shards if cluster is None else spread_shards
+    write = write_shards
+    if cluster is not None:
+        from uipe_merge.spreading import spread_shards as write
     owns = [identity(job) for job in jobs]
     published = [staging.was_published(own) for staging, own in zip(stagings, owns, strict=True)]
     todo = [number for number, there in enumerate(published) if not there]

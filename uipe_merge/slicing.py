@@ -26,9 +26,9 @@ from uipe_merge.finishing import write_rest
 from uipe_merge.job import Job, identity, prepare, run_digest
 from uipe_merge.output import place
 from uipe_merge.output.lock import hold
-from uipe_merge.output.manifest import MANIFEST_NAME, read_manifest
+from uipe_merge.output.manifest import MANIFEST_NAME, is_whole, read_manifest
 from uipe_merge.output.slices import Slice, Slices, SliceStaging
-from uipe_merge.output.staging import Staging
+from uipe_merge.output.staging import SECTOR, Staging
 from uipe_merge.recipe_file import read_recipe, write_recipe
 from uipe_merge.running import report_of
 from uipe_merge.settling import Settled, settle
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 _MEASURING = 24 * 3600.0  # seconds that another slice may take to measure what all of them need
 _PUBLISHING = 600.0  # seconds that another slice may take to publish
-_SECTOR = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,10 +348,7 @@ def _is_published(job: Job) -> bool:
         manifest, files = read_manifest(job.output)
     except CorruptInputError:
         return False
-    return manifest.get("run") == run_digest(job) and all(
-        (job.output / name).is_file() and (job.output / name).stat().st_size == record.size
-        for name, record in files.items()
-    )
+    return manifest.get("run") == run_digest(job) and is_whole(job.output, files)
 
 
 def _require_room(job: Job, whole: Staging) -> None:
@@ -374,7 +370,7 @@ def _bytes_below(paths: Iterable[Path]) -> int:
     total = 0
     for path in paths:
         try:
-            total += path.lstat().st_blocks * _SECTOR
+            total += path.lstat().st_blocks * SECTOR
         except FileNotFoundError:  # another slice has just moved it
             continue
     return total

@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from uipe_merge.engine import write_shards
+from uipe_merge.engine import kept_records, write_shards
 from uipe_merge.errors import OutputError
 from uipe_merge.executors import make_executor
 from uipe_merge.output.staging import ATTEMPTS
@@ -137,10 +137,7 @@ def spread_shards(
     be pickled. Where it does so on another machine, inputs and output must be seen there by the
     same names.
     """
-    records = [dict(staging.done) for staging in stagings]
-    progress.start(sum(plan.write_bytes for plan in plans))
-    for record in (record for done in records for record in done.values()):
-        progress.advance(record.size, record.name)
+    records = kept_records(plans, stagings, progress)
     make_worker = partial(ShardWorker, _slim(pair), stagings, filesystem, block, device)
     results = executor.run(make_worker, _parcels(plans, stagings))
     try:

@@ -7,7 +7,7 @@ the first block comes that needs it; a plan of copies runs without it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from uipe_merge import native
 from uipe_merge.aligned import allocate, placed
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from uipe_merge.cutting import Block
     from uipe_merge.deltas import Growths
-    from uipe_merge.output.shard import ShardWriter
 
 _TOGETHER = 2**24
 """Bytes of the outputs of one pass at most, unless one has more."""
@@ -57,6 +56,16 @@ class BlockResult(NamedTuple):
     written: list[Written]
 
 
+class Sink(Protocol):
+    """Where the blocks of a shard go: a file, tensors, a comparison."""
+
+    def write(self, sequence: int, data: memoryview, offset: int, /) -> None:
+        """Take block number ``sequence`` of the shard, which belongs at ``offset``."""
+
+    def finish(self, size: int, /) -> str:
+        """Say that all ``size`` bytes were written; return their SHA-256, where it was taken."""
+
+
 class MergeWorker:
     """Does the blocks of a plan, or of several at once, one at a time."""
 
@@ -64,7 +73,7 @@ class MergeWorker:
         self,
         plans: Sequence[Plan],
         pair: Pair,
-        writers: Callable[[int], list[tuple[int, ShardWriter]]],
+        writers: Callable[[int], Sequence[tuple[int, Sink]]],
         growths: Growths,
         block: int = BLOCK,
         device: str = "cpu",
@@ -109,9 +118,9 @@ class MergeWorker:
         self._reader.close()
         self._computing.close()
 
-    def _lots(self, block: Block) -> Iterator[list[tuple[int, ShardWriter, Step]]]:
+    def _lots(self, block: Block) -> Iterator[list[tuple[int, Sink, Step]]]:
         """Yield the outputs of a block, with its step in each: one, or several for one pass."""
-        lot: list[tuple[int, ShardWriter, Step]] = []
+        lot: list[tuple[int, Sink, Step]] = []
         for variant, writer in self._writers(block.shard):
             step = self._plans[variant].shards[block.shard].steps[block.step]
             room = _TOGETHER * 8 // (self._block * step.dtype.bits)
@@ -124,7 +133,7 @@ class MergeWorker:
             yield lot
 
     def _extrapolate(
-        self, lot: Sequence[tuple[int, ShardWriter, Step]], block: Block
+        self, lot: Sequence[tuple[int, Sink, Step]], block: Block
     ) -> list[tuple[memoryview, Rows] | None]:
         """Do a lot in one pass; ``None`` for what is not compiled, or came out not finite."""
         whole = lot[0][2]

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from uipe_merge.executors import Executor
     from uipe_merge.job import Job
     from uipe_merge.output.filesystem import FileSystem
+    from uipe_merge.output.slices import Slice
     from uipe_merge.recipe import Recipe as AskedRecipe
 
 
@@ -107,7 +108,6 @@ def merge(
 ) -> None:
     """Write θᵤ + α·(θᵤ − θ₀) as a new model."""
     from uipe_merge import api, job, mergekit_file
-    from uipe_merge.integrations import mergekit_writing
     from uipe_merge.recipe import parse_gradient, parse_layers, parse_rule
     from uipe_merge.recipe_file import write_recipe
     from uipe_merge.steering import Steering, parse_added, parse_protected, parse_update
@@ -158,6 +158,8 @@ def merge(
         return
     allowed = {"allow_pickle": allow_pickle, "dequantize": dequantize}
     if print_mergekit and unlearned is not None:
+        from uipe_merge.integrations import mergekit_writing
+
         out.text(mergekit_writing.write(original, unlearned, asked, mergekit_method, **allowed))
         return
     if output is None:
@@ -194,11 +196,13 @@ class _Run:
         Raises:
             UsageError: It does not.
         """
-        from uipe_merge.output.slices import parse_slice
-
         self._ray = executor == "ray"
         self._address, self._threads, self._dry_run = ray_address, threads, dry_run
-        self._slice = None if part is None else parse_slice(part)
+        self._slice: Slice | None = None
+        if part is not None:
+            from uipe_merge.output.slices import parse_slice
+
+            self._slice = parse_slice(part)
         if ray_address is not None and not self._ray:
             raise UsageError(
                 "--ray-address without --executor ray", remedy="add it, or leave both out"
@@ -208,7 +212,7 @@ class _Run:
 
     def carry_out(self, prepared: Job, out: Output) -> None:
         """Do it, or say what would be done."""
-        from uipe_merge import running, slicing
+        from uipe_merge import running
         from uipe_merge.executors import make_executor
         from uipe_merge.output.filesystem import LocalFileSystem
 
@@ -217,6 +221,8 @@ class _Run:
         if self._dry_run:
             self._preview(prepared, here, filesystem, out)
         elif self._slice is not None:
+            from uipe_merge import slicing
+
             report = slicing.run_slice(prepared, self._slice, here, filesystem, progress)
             show_slice(out, report, self._slice)
         elif self._ray:
@@ -229,12 +235,14 @@ class _Run:
             show_report(out, running.run(prepared, here, filesystem, progress))
 
     def _preview(self, prepared: Job, here: Executor, filesystem: FileSystem, out: Output) -> None:
-        from uipe_merge import job, slicing
+        from uipe_merge import job
         from uipe_merge.settling import preview
 
         if self._slice is None:
             job.require_startable(prepared)
         else:
+            from uipe_merge import slicing
+
             slicing.require_startable(prepared, self._slice, filesystem)
         groups = [] if prepared.download_bytes else preview(prepared, here, out.progress())
         show_plan(out, prepared, here.width, groups, self._slice)

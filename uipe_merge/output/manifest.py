@@ -50,6 +50,12 @@ def encode_manifest(content: Mapping[str, object], files: Mapping[str, FileRecor
     return (json.dumps(document, indent=1) + "\n").encode()
 
 
+def is_whole(directory: Path, files: Mapping[str, FileRecord]) -> bool:
+    """Tell whether every file of a manifest is there, in its size."""
+    paths = ((directory / name, record) for name, record in files.items())
+    return all(path.is_file() and path.stat().st_size == record.size for path, record in paths)
+
+
 def read_manifest(directory: Path) -> tuple[dict[str, object], dict[str, FileRecord]]:
     """Return the whole manifest of a published directory, and its files.
 

@@ -31,8 +31,10 @@ MEASURED = "measured"
 SLICES = "slices"
 ATTEMPTS = "attempts"
 
+SECTOR = 512
+"""Bytes: the unit of ``st_blocks``, whatever the file system's own."""
+
 _PIECE = 4 * 2**20
-_SECTOR = 512  # the unit of st_blocks, whatever the file system's own
 
 
 class Staging:
@@ -81,7 +83,7 @@ class Staging:
         for path in self.model.rglob("*"):
             with suppress(OSError):
                 status = path.lstat()
-                nbytes += status.st_size if path.name in kept else status.st_blocks * _SECTOR
+                nbytes += status.st_size if path.name in kept else status.st_blocks * SECTOR
                 files += 1
         return nbytes, files
 
