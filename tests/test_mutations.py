@@ -17,8 +17,6 @@ import pytest
 
 import uipe_merge
 
-pytestmark = [pytest.mark.sweep, pytest.mark.timeout(1800)]
-
 TESTS = Path(__file__).parent
 _FAILED = re.compile(r"^(?:FAILED|ERROR) \S+?::(\S+)", re.MULTILINE)
 
@@ -88,8 +86,8 @@ FAULTS = {
         [
             Edit(
                 "output/staging",
-                "if hash_file(self.model / name) == (record.size, record.sha256)",
-                "if hash_file(self.model / name) is not None",
+                "if hash_file(self.shard(name)) == (record.size, record.sha256)",
+                "if hash_file(self.shard(name)) is not None",
             )
         ],
         suite="journal",
@@ -126,7 +124,13 @@ FAULTS = {
         twin="fresh",
     ),
     "names of the model not synced before it is published": Fault(
-        [Edit("output/staging", "        self._filesystem.sync_directory(self.model)\n", "")],
+        [
+            Edit(
+                "output/staging",
+                "        self._filesystem.sync_directory(self.model)\n        self.journal.publishing",
+                "        self.journal.publishing",
+            )
+        ],
         suite="durable",
         twin="fresh",
     ),
@@ -193,7 +197,7 @@ FAULTS = {
         [
             Edit(
                 "output/lock",
-                "        descriptor = _acquire(path)\n",
+                "        descriptor = _wait_for(path, patience)\n",
                 """        path.parent.mkdir(exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
 """,
@@ -299,6 +303,13 @@ def caught_by(root: Path, *suite: str) -> str | None:
     return found[1] if found else None
 
 
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_can_be_planted(tmp_path: Path, name: str) -> None:
+    planted(tmp_path, FAULTS[name])
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(1800)
 def test_the_copy_is_what_is_tested_and_without_a_fault_it_passes(tmp_path: Path) -> None:
     root = planted(tmp_path, Fault([], suite="durable"))
     words = [sys.executable, "-c", "import uipe_merge; print(uipe_merge.__file__)"]
@@ -308,6 +319,8 @@ def test_the_copy_is_what_is_tested_and_without_a_fault_it_passes(tmp_path: Path
     assert caught_by(root, str(TESTS / "test_durable.py")) is None
 
 
+@pytest.mark.sweep
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_caught(
     tmp_path: Path, name: str, record_property: Callable[[str, object], None]
