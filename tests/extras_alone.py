@@ -48,7 +48,9 @@ COMMANDS: dict[str, list[tuple[int, str]]] = {
     "s3": [(10, "uipe-merge verify s3://bucket/model")],
     "gcs": [(10, "uipe-merge verify gs://bucket/model")],
     "lm-eval": [(0, "uipe-merge lm-eval run --help")],
-    "mergekit": [(0, "uipe-merge mergekit recipe.yml theirs --no-copy-tokenizer")],
+    "mergekit": [
+        (0, "uipe-merge mergekit recipe.yml theirs --no-copy-tokenizer --no-write-model-card")
+    ],
     "ray": [(10, f"uipe-merge {PAIR} --alpha 1 -o out --executor ray --ray-address 127.0.0.1:9")],
 }
 
