@@ -6,7 +6,7 @@
 
 PYTHON  ?= python3
 VENV    ?= .venv
-WORKERS ?= 2
+WORKERS ?= 3
 ARGS    ?=
 KEEP    ?= torch==2.13.0
 
@@ -61,7 +61,8 @@ demo: $(RUN_OK) ## build a tiny pair of models, merge it, show the effect (offli
 
 # ------------------------------------------------------------------- checks
 
-# One torch thread a process: the workers already share out the cores.
+# One torch thread a process: the workers already share out the cores. Three keep two cores busy:
+# many tests wait for a process of their own or for a server.
 test: $(DEV_OK) ## the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 

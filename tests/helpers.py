@@ -7,7 +7,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from unittest.mock import patch
@@ -59,13 +59,15 @@ def run_cli(
     return Result(finished.returncode, out, err)
 
 
-def run_here(*arguments: object) -> Result:
+def run_here(
+    *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> Result:
     """The command line in this process: all but ``main``, and no start to wait for."""
     from uipe_merge.cli.app import _run
 
     out, err = io.StringIO(), io.StringIO()
-    environment = patch.dict(os.environ, {"NO_COLOR": "1", "COLUMNS": "200"})
-    with environment, redirect_stdout(out), redirect_stderr(err):
+    environment = patch.dict(os.environ, {"NO_COLOR": "1", "COLUMNS": "200", **(env or {})})
+    with environment, chdir(cwd or "."), redirect_stdout(out), redirect_stderr(err):
         code = _run([os.fsdecode(_text(argument)) for argument in arguments])
     return Result(code, out.getvalue(), err.getvalue())
 

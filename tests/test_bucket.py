@@ -15,7 +15,16 @@ from typing import NamedTuple
 import pytest
 import torch
 from bucket_tools import SECRET, Bucket, free_port, proxy, refusal, s3_server
-from helpers import Result, assert_refused, contents, run_cli, write_checkpoint, write_pair
+from helpers import (
+    Result,
+    assert_refused,
+    contents,
+    run_cli,
+    run_here,
+    write_checkpoint,
+    write_pair,
+)
+from s3fs import S3FileSystem
 from test_storage import FolderContract
 
 from uipe_merge.checkpoint.urls import RemoteFolder
@@ -55,8 +64,12 @@ class Case(NamedTuple):
         return result
 
     def cli(self, *words: object, port: int | None = None, timeout: float = 120) -> Result:
+        """Run the command line; what meets failures (at ``port``) in a process of its own."""
         environment = self.bucket.environment(self.root, port)
-        return run_cli(*words, cwd=self.root, env=environment, timeout=timeout)
+        if port is not None:
+            return run_cli(*words, cwd=self.root, env=environment, timeout=timeout)
+        S3FileSystem.clear_instance_cache()  # one holds the credentials it began with
+        return run_here(*words, cwd=self.root, env=environment)
 
     def expected(self) -> dict[str, bytes]:
         """The output of a merge that is left alone; it is removed again."""
@@ -82,7 +95,7 @@ def case(tmp_path: Path, port: int) -> Case:
 
 
 def merge_locally(case: Case) -> dict[str, bytes]:
-    done = run_cli("original", "unlearned", "--alpha", 1, "-o", "out", "-q", cwd=case.root)
+    done = run_here("original", "unlearned", "--alpha", 1, "-o", "out", "-q", cwd=case.root)
     assert done.code == 0, done
     return contents(case.root / "out")
 
@@ -126,7 +139,7 @@ class TestMerging:
         assert case.left_here() == []
         assert case.cli("verify", case.output).code == 0
         inspected = case.cli("inspect", case.original, case.unlearned, "--json")
-        here = run_cli("inspect", "original", "unlearned", "--json", cwd=case.root)
+        here = run_here("inspect", "original", "unlearned", "--json", cwd=case.root)
         assert json.loads(inspected.out)["total"] == json.loads(here.out)["total"]
 
     @pytest.mark.parametrize("remote", ["original", "unlearned", "output"])
@@ -155,7 +168,7 @@ class TestMerging:
         named = {"adapter": url, "both": f"{case.original}+{url}", "local model": f"original+{url}"}
         done = case.cli(case.original, named[form], "--alpha", 1, "-q", "-o", case.output)
         assert done.code == 0, done
-        here = run_cli("original", "ad", "--alpha", 1, "-q", "-o", "out", cwd=case.root)
+        here = run_here("original", "ad", "--alpha", 1, "-q", "-o", "out", cwd=case.root)
         assert here.code == 0, here
         assert differing(case.bucket.contents("out"), contents(case.root / "out")) == NAMED
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from cli_tools import refuse_merge
-from helpers import assert_refused, contents, read_tensors, run_cli
+from helpers import assert_refused, contents, read_tensors, run_cli, run_here
 from reference import assert_merged
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -62,7 +62,7 @@ def test_the_two_layouts_are_matched_as_transformers_does(
         for base in (same, other):
             out = tmp_path / f"out-{base.name}"
             command = (base, theta, "--alpha", alpha, "-o", out, "--threads", threads)
-            result = run_cli(*command, "--overwrite")
+            result = run_here(*command, "--overwrite")
             assert result.code == 0, result
             assert ("matched as transformers does" in result.err) == (base == other)
             weights.append({k: v for k, v in contents(out).items() if "safetensors" in k})
@@ -77,7 +77,7 @@ def test_the_matched_update_is_that_of_the_models(tmp_path: Path) -> None:
     save(unlearned, tmp_path / "unlearned", fused=True)
     out = tmp_path / "out"
     command = (tmp_path / "original", tmp_path / "unlearned", "--alpha", ALPHA, "-o", out)
-    assert run_cli(*command).code == 0
+    assert run_here(*command).code == 0
     merged, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ones, twos = original.state_dict(), unlearned.state_dict()

@@ -15,7 +15,7 @@ from helpers import (
     bits,
     contents,
     read_tensors,
-    run_cli,
+    run_here,
     write_checkpoint,
 )
 from reference import assert_merged, mixed_pair
@@ -43,16 +43,16 @@ def models(
 def merged(root: Path, decision: str, alpha: float = ALPHA, *more: object) -> Tensors:
     """Merge and verify; the tensors of the output."""
     command = (root / "original", root / "unlearned", "--alpha", alpha, "-o", root / "out")
-    result = run_cli(*command, "--on-mismatch", decision, "--overwrite", *more)
+    result = run_here(*command, "--on-mismatch", decision, "--overwrite", *more)
     assert result.code == 0, result
     assert f"--on-mismatch {decision}: " in result.err
-    assert run_cli("verify", root / "out").code == 0
+    assert run_here("verify", root / "out").code == 0
     return read_tensors(root / "out")
 
 
 def common_rows(root: Path) -> Result:
     command = (root / "original", root / "unlearned", "--alpha", ALPHA, "-o", root / "out")
-    return run_cli(*command, "--on-mismatch", "common-rows")
+    return run_here(*command, "--on-mismatch", "common-rows")
 
 
 def config(root: Path) -> dict[str, object]:
@@ -287,6 +287,6 @@ def test_what_was_kept_keeps_the_two_from_being_called_identical(tmp_path: Path)
     same = torch.ones(2, 2)
     models(tmp_path, {EMBEDDING: same}, {EMBEDDING: same, NEW: torch.ones(3)})
     command = (tmp_path / "original", tmp_path / "unlearned", "--alpha", 1, "-o", tmp_path / "out")
-    result = run_cli(*command, "--on-mismatch", "keep-unlearned")
+    result = run_here(*command, "--on-mismatch", "keep-unlearned")
     assert result.code == 0
     assert "identical" not in result.err

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from helpers import contents
 from runs import Child, Merge
+from typer.core import TyperCommand
 
+from uipe_merge.cli import app
 from uipe_merge.errors import CorruptInputError
 
 SHARDS = 30
@@ -59,6 +61,22 @@ def test_hazard_signal_ends_a_run_that_can_be_continued(
         f"error: stopped by {number.name}; the same command goes on where this one stopped\n",
     )
     resumes(merge, complete)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["verify", "m"], ["evaluate", "m", "--forget", "f", "--retain", "r"], ["lm-eval", "run"]],
+    ids=["verify", "evaluate", "lm-eval"],
+)
+def test_hazard_what_begins_anew_is_not_said_to_go_on(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(self: object, *words: object, **more: object) -> None:
+        raise app.Interrupted(signal.SIGINT)
+
+    monkeypatch.setattr(TyperCommand, "invoke", stopped)
+    assert app._run(words) == 130
+    assert capsys.readouterr().err == "error: stopped by SIGINT\n"
 
 
 def test_a_run_under_nohup_outlives_the_terminal(merge: Merge) -> None:

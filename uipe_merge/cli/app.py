@@ -37,7 +37,11 @@ if TYPE_CHECKING:
 USAGE = 2
 BUG = 1
 IO_ERROR = 8
+DEFAULT = "merge"
 OUT_OF_MEMORY = "out of memory; use fewer --threads"
+
+RESUMED = ("merge", "grid", "finish", "search")
+"""Commands that go on where they were stopped."""
 
 
 # typer carries a click of its own in some versions and imports it in others; its public
@@ -46,13 +50,13 @@ ClickError: Any = typer.BadParameter.__mro__[2]
 
 
 class DefaultGroup(TyperGroup):
-    """A group whose default command is ``merge``."""
+    """A group with a default command."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - see above
-        """Put ``merge`` in front of anything that names no command."""
+        """Put the default in front of anything that names no command."""
         own = {"--help", "-h", "--version", "--install-completion", "--show-completion"}
         if args and args[0] not in self.commands and args[0] not in own:
-            args = ["merge", *args]
+            args = [DEFAULT, *args]
         return super().parse_args(ctx, args)
 
 
@@ -159,8 +163,9 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
 
 def _run(arguments: list[str]) -> int:  # noqa: PLR0911 - one for each way to end
     output = Output()
+    program: Any = typer.main.get_command(app)
     try:
-        result: Any = typer.main.get_command(app).main(
+        result: Any = program.main(
             arguments or ["--help"], prog_name="uipe-merge", standalone_mode=False
         )
     except ClickError as error:
@@ -172,7 +177,10 @@ def _run(arguments: list[str]) -> int:  # noqa: PLR0911 - one for each way to en
         return error.exit_code
     except Interrupted as error:
         name = signal.Signals(error.number).name
-        output.error(f"stopped by {name}; the same command goes on where this one stopped")
+        word = arguments[0] if arguments else ""
+        command = word if word in program.commands else DEFAULT
+        more = "; the same command goes on where this one stopped" if command in RESUMED else ""
+        output.error(f"stopped by {name}{more}")
         return 128 + error.number
     except SystemExit as error:  # how typer and rich end where nobody reads what they print
         return IO_ERROR if error.code else 0
