@@ -44,6 +44,7 @@ LAYERS: list[set[str]] = [
     {"settling"},
     {"job"},
     {"decomposing", "measuring"},
+    {"device"},
     {"spreading"},
     {"engine"},
     {"fetching"},

@@ -205,8 +205,8 @@ def merge(
         allow_pickle: Read ``pytorch_model*.bin`` where there is no safetensors file; nothing in
             the pickle is run.
         dequantize: Take block-scaled FP8 checkpoints; the output is not quantised.
-        device: ``cuda`` finds singular vectors there, and does the arithmetic that is not
-            compiled. The latter changes no byte.
+        device: Where the singular vectors of a rank or an energy are found: ``cpu``, ``cuda``,
+            ``cuda:1``. On another device they differ in their last bits.
         threads: Threads; by default two a processor, at most 8, and 8 over a network. Changes no
             byte.
         progress: Show a tqdm bar; or an object to be told of the progress.

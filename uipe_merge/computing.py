@@ -17,11 +17,10 @@ if TYPE_CHECKING:
 class Computing:
     """The kernels and deltas of one thread. Nothing of torch is imported before they are asked for."""
 
-    def __init__(self, pair: Pair, growths: Growths, device: str = "cpu") -> None:
+    def __init__(self, pair: Pair, growths: Growths) -> None:
         """Remember what they are made from."""
         self._pair = pair
         self._growths = growths
-        self._device = device
         self._made: tuple[Kernels, Deltas] | None = None
 
     def get(self) -> tuple[Kernels, Deltas]:
@@ -30,7 +29,7 @@ class Computing:
             from uipe_merge.deltas import Deltas
             from uipe_merge.kernels import Kernels
 
-            self._made = Kernels(self._device), Deltas(self._pair, self._growths)
+            self._made = Kernels(), Deltas(self._pair, self._growths)
         return self._made
 
     def close(self) -> None:

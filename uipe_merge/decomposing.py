@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from uipe_merge.arithmetic.svd import LowRank
     from uipe_merge.deltas import Growths
+    from uipe_merge.device import Filling, Trial
     from uipe_merge.executors import Executor
     from uipe_merge.output.filesystem import FileSystem
     from uipe_merge.plan import Step
@@ -52,12 +53,14 @@ class Factors(NamedTuple):
         operands: w of every tensor whose direction is not v.
         records: Rank and share of ‖v‖² by tensor.
         key: A digest of all factors.
+        warnings: What the user should know about how they were found.
     """
 
     checkpoint: Checkpoint
     operands: dict[str, Operand]
     records: dict[str, dict[str, object]]
     key: str
+    warnings: list[str]
 
     def attached(self, plan: Plan) -> tuple[Plan, dict[str, Vector]]:
         """Return a plan whose steps have w as their last operand, and w in terms of operands."""
@@ -101,6 +104,8 @@ def decompose(
         NumericError: A value is not finite.
         RecipeError: No matrix is in a layer.
     """
+    from uipe_merge.device import Trial
+
     todo = targets(plan)
     identity: dict[str, object] = {"key": _key(plan, pair, todo)}
     journal = Journal(filesystem, directory / "factors")
@@ -114,9 +119,10 @@ def decompose(
     progress.start(sum(step.source.nbytes for step in todo))
     growths: Growths = Once()
     turns = threading.Semaphore(at_once())
+    trial = Trial(device, min(executor.width, at_once()))
 
     def make_worker() -> FactorsWorker:
-        return FactorsWorker(plan, pair, directory, filesystem, growths, turns, device=device)
+        return FactorsWorker(plan, pair, directory, filesystem, growths, turns, trial=trial)
 
     left = [item for item in enumerate(todo) if _file(item[0]) not in done]
     for step in (step for number, step in enumerate(todo) if _file(number) in done):
@@ -125,7 +131,7 @@ def decompose(
         journal.finish_shard(record)
         done[record.name] = record
         progress.advance(step.source.nbytes, f"factors of {step.name}")
-    return _found(len(pair.sides), directory, todo, done)
+    return _found(len(pair.sides), directory, todo, done, trial.warnings)
 
 
 class FactorsWorker:
@@ -140,17 +146,19 @@ class FactorsWorker:
         growths: Growths,
         turns: threading.Semaphore,
         *,
-        device: str,
+        trial: Trial,
     ) -> None:
-        """Allocate the buffers of one thread."""
+        """Allocate the buffers of one thread; the trial says on which device it finds."""
         from uipe_merge.deltas import Deltas
+        from uipe_merge.device import slots
         from uipe_merge.kernels import Kernels
 
         self._plan = plan
         self._directory = directory
         self._filesystem = filesystem
         self._turns = turns
-        self._device = device
+        self._trial = trial
+        self._slots = slots(trial.device)
         self._reader = BlockReader(pair, widest_input(plan), BLOCK)
         self._kernels = Kernels()
         self._deltas = Deltas(pair, growths)
@@ -189,31 +197,34 @@ class FactorsWorker:
         import torch
 
         from uipe_merge.arithmetic.svd import by_energy, by_rank
+        from uipe_merge.device import Filling
 
-        steering = self._plan.recipe.steering
-        update = torch.empty(rows * columns, dtype=torch.float32)
+        filling = Filling(rows * columns, self._trial.device, self._slots)
+        end = first + rows * columns
         for start, count in ranges([step], BLOCK):
-            if start < first + len(update) and start + count > first:
-                self._fill(update, step, start, count, first)
+            if start < end and start + count > first:
+                self._fill(filling, step, max(start, first), min(start + count, end))
+        update = filling.whole()
         if not bool(torch.isfinite(update).all()):
             self._refuse(step)
+        steering = self._plan.recipe.steering
         seed = noise_key(self._plan.recipe.seed, f"rank\0{step.parameter}\0{first}")
-        matrix = update.reshape(rows, columns).to(self._device)
-        if steering.rank is not None:
-            return by_rank(matrix, steering.rank, seed)
-        assert steering.energy is not None  # noqa: S101 - one of the two is why we are here
-        return by_energy(matrix, steering.energy, seed)
 
-    def _fill(self, update: torch.Tensor, step: Step, start: int, count: int, first: int) -> None:
-        """Copy what a block holds of the matrix that begins at element ``first``."""
-        begin, end = max(start, first), min(start + count, first + len(update))
+        def find(matrix: torch.Tensor) -> LowRank:
+            if steering.rank is not None:
+                return by_rank(matrix, steering.rank, seed)
+            assert steering.energy is not None  # noqa: S101 - one of the two is why we are here
+            return by_energy(matrix, steering.energy, seed)
+
+        return self._trial.find(find, update.reshape(rows, columns))
+
+    def _fill(self, filling: Filling, step: Step, begin: int, end: int) -> None:
+        """Append the update of elements ``begin`` to ``end``, which lie in one block."""
         here = step.at(begin, end - begin)
         self._reader.begin()
         operands = self._reader.operands(here, end - begin)
-        cells = self._deltas.at(step, begin)
-        for at, values in self._kernels.update(here, operands, cells):
-            place = begin - first + at
-            update[place : place + len(values)] = values
+        for _, values in self._kernels.update(here, operands, self._deltas.at(step, begin)):
+            filling.add(values)
 
     def _refuse(self, step: Step) -> None:
         Guard(self._plan, self._pair).check_inputs(step)
@@ -245,7 +256,13 @@ def _encoded(found: list[LowRank], rank: int, rows: int, columns: int) -> bytes:
     return header + b"".join(part.contiguous().numpy().tobytes() for _, part in parts)
 
 
-def _found(side: int, directory: Path, todo: list[Step], done: dict[str, ShardRecord]) -> Factors:
+def _found(
+    side: int,
+    directory: Path,
+    todo: list[Step],
+    done: dict[str, ShardRecord],
+    warnings: list[str],
+) -> Factors:
     """Return the factors of all targets; ``side`` is what their checkpoint will be."""
     folder = LocalFolder(str(directory))
     shards: list[ShardInput] = []
@@ -273,7 +290,7 @@ def _found(side: int, directory: Path, todo: list[Step], done: dict[str, ShardRe
     checkpoint = Checkpoint(folder, [], shards, {}, {}, [], {"": folder})
     digests = [(step.name, done[_file(number)].sha256) for number, step in enumerate(todo)]
     key = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-    return Factors(checkpoint, operands, records, key)
+    return Factors(checkpoint, operands, records, key, warnings)
 
 
 def _file(number: int) -> str:

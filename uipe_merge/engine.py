@@ -37,7 +37,6 @@ def write_shards(
     progress: Progress,
     *,
     block: int = BLOCK,
-    device: str = "cpu",
 ) -> list[dict[str, ShardRecord]]:
     """Write every shard that an earlier run did not finish; return the record of all, by plan.
 
@@ -50,7 +49,6 @@ def write_shards(
         executor: On what to run.
         progress: Told of every block.
         block: Elements read at a time, a multiple of ``plan.CELL``. Changes no byte.
-        device: Where torch computes what is not compiled. Changes no byte.
 
     Raises:
         NumericError: A value is not finite, or would not be.
@@ -58,7 +56,7 @@ def write_shards(
         OutputError: The disk refused something.
     """
     records = kept_records(plans, stagings, progress)
-    desk = _Desk(plans, pair, stagings, filesystem, block, device)
+    desk = _Desk(plans, pair, stagings, filesystem, block)
     gathered = {
         (variant, index): _Gathered(plan.shards[index].steps)
         for index in desk.todo
@@ -126,14 +124,12 @@ class _Desk:
         stagings: Sequence[Staging],
         filesystem: FileSystem,
         block: int,
-        device: str,
     ) -> None:
         self._plans = plans
         self._pair = pair
         self._stagings = stagings
         self._filesystem = filesystem
         self._block = block
-        self._device = device
         self._growths: Growths = Once()
         self._changed = threading.Condition()
         self._writers: dict[int, list[tuple[int, ShardWriter]]] = {}
@@ -143,7 +139,7 @@ class _Desk:
     def make_worker(self) -> _GuardedWorker:
         """Make the worker of one thread."""
         shared = (self._plans, self._pair, self.writers, self._growths)
-        return _GuardedWorker(MergeWorker(*shared, self._block, self._device), self)
+        return _GuardedWorker(MergeWorker(*shared, self._block), self)
 
     def writers(self, index: int) -> list[tuple[int, ShardWriter]]:
         """Return the writers of a shard and whose they are, begun by whoever comes first.

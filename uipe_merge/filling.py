@@ -106,7 +106,7 @@ class Source:
             return [(0, shelves[shard])]
 
         def make_worker() -> MergeWorker:
-            return MergeWorker([plan], settled.pair, writers, growths, job.block, job.device)
+            return MergeWorker([plan], settled.pair, writers, growths, job.block)
 
         executor = make_executor(self.threads, remote=job.remote)
         order = blocks([plan], range(len(plan.shards)), executor.width, job.block)

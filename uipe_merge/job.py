@@ -9,7 +9,6 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from uipe_merge import native
 from uipe_merge._version import __version__
 from uipe_merge.adapter_plan import make_adapter_plan
 from uipe_merge.checkpoint.index import INDEX_NAME
@@ -79,7 +78,7 @@ class Job:
         space: What the disk needs and has.
         beside: Bytes of what is kept until the output is published; of several jobs, once.
         overwrite: Whether a model at the output may be replaced.
-        device: Where torch computes what is not compiled, and singular vectors.
+        device: Where singular vectors are found.
     """
 
     plan: Plan
@@ -216,11 +215,13 @@ def plan_job(
             plan = make_plan(*two, inputs.pairing, recipe, inputs.further)
             sidecars = plan_sidecars(*two)
     if device != "cpu":
-        from uipe_merge.kernels import require_device  # imports torch
+        from uipe_merge.device import require_device  # imports torch
 
         require_device(device)
-        if native.suffices(plan) and not recipe.steering.low_rank:
-            plan.warnings.append(f"--device {device} has nothing to do: all of it is compiled")
+        if not recipe.steering.low_rank:
+            plan.warnings.append(
+                f"--device {device} has nothing to do: it finds singular vectors (--rank, --energy)"
+            )
     return Job(
         plan=plan,
         pair=pair,

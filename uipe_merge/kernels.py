@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,7 +11,6 @@ from uipe_merge.arithmetic.blocks import Cell, Change, Moments, TaskCell, work_d
 from uipe_merge.arithmetic.mixed import MixedCell, MixedMoments
 from uipe_merge.arithmetic.noise import noise
 from uipe_merge.bits import same_bytes
-from uipe_merge.errors import UsageError
 from uipe_merge.plan import CELL
 
 if TYPE_CHECKING:
@@ -57,13 +55,9 @@ class Piece(NamedTuple):
 class Kernels:
     """The arithmetic of one thread, with its cells."""
 
-    def __init__(self, device: str = "cpu") -> None:
-        """Keep torch to one core: the threads of the engine are the parallelism.
-
-        ``device`` is where the cells lie; inner products are taken by the processor.
-        """
+    def __init__(self) -> None:
+        """Keep torch to one core: the threads of the engine are the parallelism."""
         torch.set_num_threads(1)
-        self._device = device
         self._cells: dict[tuple[torch.dtype, bool], Cell] = {}
         self._mixing: dict[tuple[torch.dtype, int], MixedCell] = {}
 
@@ -197,7 +191,7 @@ class Kernels:
             return
         key = (working(step), len(operands))
         if key not in self._mixing:
-            self._mixing[key] = MixedCell(CELL, *key, self._device)
+            self._mixing[key] = MixedCell(CELL, *key)
         cell = self._mixing[key]
         views = [
             _view(data, operand.spec.dtype)
@@ -217,7 +211,7 @@ class Kernels:
         key = (working(step), step.arithmetic == "task")
         if key not in self._cells:
             work, task = key
-            self._cells[key] = (TaskCell if task else Cell)(CELL, work, self._device)
+            self._cells[key] = (TaskCell if task else Cell)(CELL, work)
         cell = self._cells[key]
         if isinstance(cell, TaskCell):
             cell.weight = step.weight
@@ -249,23 +243,6 @@ def pieces(
 
 def _view(data: memoryview, dtype: DType) -> torch.Tensor:
     return torch.frombuffer(data, dtype=torch_dtype(dtype))
-
-
-def require_device(device: str) -> None:
-    """Refuse a device that is not there.
-
-    Raises:
-        UsageError: It is none, or torch cannot use it here.
-    """
-    if not re.fullmatch(r"cuda(:[0-9]{1,3})?", device):
-        raise UsageError(f"'{device}' is no device", remedy="choose cpu, cuda or cuda:0 and so on")
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = (str(error).splitlines() or ["no reason given"])[0]
-        raise UsageError(
-            f"device '{device}' cannot be used: {reason}", remedy="leave out --device"
-        ) from None
 
 
 def working(step: Step) -> torch.dtype:

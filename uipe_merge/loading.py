@@ -99,7 +99,7 @@ def load(  # noqa: PLR0913 - one keyword-only argument an option of the merge
         recipe: All of the above from α on, as an object or in a file.
         allow_pickle: Read ``pytorch_model*.bin`` where there is no safetensors file.
         dequantize: Take block-scaled FP8 checkpoints.
-        device: Where the arithmetic is done that is not compiled. The model does not go there.
+        device: Where the singular vectors of a recipe are found. The model does not go there.
         threads: Threads; changes no bit.
         model_class: What makes the model: ``AutoModelForCausalLM``, unless another is given.
         from_pretrained: More for its ``from_pretrained``, such as ``attn_implementation``.

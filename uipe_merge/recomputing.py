@@ -134,7 +134,7 @@ def _compare(
         return [(0, shelves[shard])]
 
     def make_worker() -> MergeWorker:
-        return MergeWorker([plan], settled.pair, writers, growths, job.block, job.device)
+        return MergeWorker([plan], settled.pair, writers, growths, job.block)
 
     everything = list(blocks([plan], range(len(plan.shards)), made.executor.width, job.block))
     drawn = deep.drawn(len(everything))

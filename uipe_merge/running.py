@@ -124,7 +124,6 @@ def _write_all(
                 cluster or executor,
                 progress,
                 block=jobs[0].block,
-                device=jobs[0].device,
             )
             require_unchanged(jobs[0].pair)
     except (NumericError, CorruptInputError) as error:
@@ -157,7 +156,12 @@ def report_of(
         output=job.output if job.folder is None else job.folder.location,
         summary=summary,
         tensors=tensors,
-        warnings=[*job.plan.warnings, *_kept_warnings(tensors), *summary.warnings()],
+        warnings=[
+            *job.plan.warnings,
+            *settled.warnings,
+            *_kept_warnings(tensors),
+            *summary.warnings(),
+        ],
         written=job.plan.write_bytes,
         seconds=seconds,
         resumed=resumed,

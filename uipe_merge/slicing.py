@@ -153,7 +153,6 @@ def run_slice(
                     executor,
                     progress,
                     block=job.block,
-                    device=job.device,
                 )
                 require_unchanged(job.pair)
         except (NumericError, CorruptInputError):

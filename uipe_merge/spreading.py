@@ -72,14 +72,12 @@ class ShardWorker:
         stagings: Sequence[Staging],
         filesystem: FileSystem,
         block: int = BLOCK,
-        device: str = "cpu",
     ) -> None:
         """Open nothing yet; see ``spread_shards``."""
         self._pair = pair
         self._stagings = stagings
         self._filesystem = filesystem
         self._block = block
-        self._device = device
 
     def __call__(self, parcel: Parcel) -> list[Made]:
         """Make one shard of every plan that lacks it.
@@ -100,7 +98,6 @@ class ShardWorker:
                 make_executor(THREADS),
                 Silent(),
                 block=self._block,
-                device=self._device,
             )
         except BaseException:
             for attempt in attempts:
@@ -129,7 +126,6 @@ def spread_shards(
     progress: Progress,
     *,
     block: int = BLOCK,
-    device: str = "cpu",
 ) -> list[dict[str, ShardRecord]]:
     """Write every shard that an earlier run did not finish; as ``engine.write_shards``.
 
@@ -138,7 +134,7 @@ def spread_shards(
     same names.
     """
     records = kept_records(plans, stagings, progress)
-    make_worker = partial(ShardWorker, _slim(pair), stagings, filesystem, block, device)
+    make_worker = partial(ShardWorker, _slim(pair), stagings, filesystem, block)
     results = executor.run(make_worker, _parcels(plans, stagings))
     try:
         for result in results:

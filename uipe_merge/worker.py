@@ -76,7 +76,6 @@ class MergeWorker:
         writers: Callable[[int], Sequence[tuple[int, Sink]]],
         growths: Growths,
         block: int = BLOCK,
-        device: str = "cpu",
     ) -> None:
         """Allocate the buffers of one thread.
 
@@ -86,7 +85,6 @@ class MergeWorker:
             writers: Gives the writers of a shard, by its index, with the plans they are of.
             growths: What the threads share of DoRA adapters.
             block: Elements of a block at most.
-            device: Where torch computes what is not compiled.
         """
         self._plans = plans
         self._writers = writers
@@ -96,7 +94,7 @@ class MergeWorker:
         self._block = block
         self._out_bytes = block * width
         self._outs: list[memoryview] = []
-        self._computing = Computing(pair, growths, device)
+        self._computing = Computing(pair, growths)
 
     def __call__(self, block: Block) -> BlockResult:
         """Read, compute and write one block."""

@@ -110,12 +110,9 @@ def clamps(result: torch.Tensor, dtype: torch.dtype) -> bool:
 class Cell:
     """The buffers of one thread for one working type, reused for every cell."""
 
-    def __init__(self, elements: int, dtype: torch.dtype, device: str = "cpu") -> None:
-        """Allocate for at most ``elements`` (below 2²⁴) elements of ``dtype`` on a device.
-
-        What goes in and comes out lies in the processor's memory, whatever the device.
-        """
-        self._buffers = torch.empty((4, elements), dtype=dtype, device=device)
+    def __init__(self, elements: int, dtype: torch.dtype) -> None:
+        """Allocate for at most ``elements`` (below 2²⁴) elements of ``dtype``."""
+        self._buffers = torch.empty((4, elements), dtype=dtype)
         self._views = self._buffers.unbind()
         self._update_square = self._unlearned_square = 0.0
 
@@ -138,9 +135,9 @@ class Cell:
         back.copy_(original)
         for buffer, change in zip((back, wide), changes, strict=True):
             if change is not None and change.scale is not None:
-                buffer.mul_(change.scale.to(buffer.device))
+                buffer.mul_(change.scale)
             if change is not None and change.delta is not None:
-                buffer.add_(change.delta.to(buffer.device))
+                buffer.add_(change.delta)
         # The update with its sign turned, θ₀ − θᵤ: see _backward_step.
         torch.sub(back, wide, out=back)
         self._update_square = float(torch.dot(back, back))
@@ -163,9 +160,7 @@ class Cell:
         """
         wide, back, step, result = self._views
         self._form(alpha)
-        out.copy_(
-            result if noise is None else by_chance(result, noise.to(result.device), out.dtype)
-        )
+        out.copy_(result if noise is None else by_chance(result, noise, out.dtype))
         clamped = clamps(result, out.dtype)
         result.copy_(out)
         torch.sub(result, wide, out=result)
@@ -197,9 +192,7 @@ class Cell:
         self._form(alpha)
         result = self._views[3].abs()
         out.copy_(result)
-        over = ~torch.isfinite(out.to(result.device).double()) | (
-            result > SATURATES.get(out.dtype, math.inf)
-        )
+        over = ~torch.isfinite(out.double()) | (result > SATURATES.get(out.dtype, math.inf))
         return int(over.sum()), float(result.max()) if result.numel() else 0.0
 
     def exact(self, alpha: float, out: torch.Tensor) -> Moments:
@@ -210,7 +203,7 @@ class Cell:
         Allocates; not for the block loop.
         """
         wide, back, _, _ = (view.double() for view in self._views)
-        moved = out.to(wide.device).double() - wide
+        moved = out.double() - wide
         missed = moved + alpha * back
         limit = SATURATES.get(out.dtype, math.inf)
         clamped = bool(((wide - alpha * back).abs() > limit).any())
@@ -251,11 +244,11 @@ class TaskCell(Cell):
         weight: w, to be set before ``apply``: near 0 it has digits that 1 + α has not.
     """
 
-    def __init__(self, elements: int, dtype: torch.dtype, device: str = "cpu") -> None:
+    def __init__(self, elements: int, dtype: torch.dtype) -> None:
         """As ``Cell``, with one more buffer for θ₀."""
-        super().__init__(elements, dtype, device)
+        super().__init__(elements, dtype)
         self.weight = 0.0
-        self._start = torch.empty(elements, dtype=dtype, device=device)
+        self._start = torch.empty(elements, dtype=dtype)
 
     def load(
         self,
@@ -269,9 +262,9 @@ class TaskCell(Cell):
         start.copy_(original)
         change = changes[0]
         if change is not None and change.scale is not None:
-            start.mul_(change.scale.to(start.device))
+            start.mul_(change.scale)
         if change is not None and change.delta is not None:
-            start.add_(change.delta.to(start.device))
+            start.add_(change.delta)
 
     def keep(self, unlearned: torch.Tensor, out: torch.Tensor) -> Moments:
         """Write θ₀ + 0 to ``out``, for a cell whose update is known to be zero."""

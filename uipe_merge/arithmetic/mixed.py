@@ -59,15 +59,10 @@ class MixedMoments(NamedTuple):
 class MixedCell:
     """The buffers of one thread for one working type, reused for every cell."""
 
-    def __init__(
-        self, elements: int, dtype: torch.dtype, operands: int, device: str = "cpu"
-    ) -> None:
-        """Allocate for at most ``elements`` (below 2²⁴) elements of ``operands`` operands.
-
-        What goes in and comes out lies in the processor's memory, whatever the device.
-        """
-        self._rows = torch.empty((operands, elements), dtype=dtype, device=device)
-        self._buffers = torch.empty((3, elements), dtype=dtype, device=device)
+    def __init__(self, elements: int, dtype: torch.dtype, operands: int) -> None:
+        """Allocate for at most ``elements`` (below 2²⁴) elements of ``operands`` operands."""
+        self._rows = torch.empty((operands, elements), dtype=dtype)
+        self._buffers = torch.empty((3, elements), dtype=dtype)
         self._operands = self._rows.unbind()
         self._views = self._buffers.unbind()
         padded = max(1, -(-elements // _LANES)) * _LANES
@@ -87,9 +82,9 @@ class MixedCell:
         for row, operand, change in zip(self._operands, operands, changes, strict=True):
             row.copy_(operand)
             if change is not None and change.scale is not None:
-                row.mul_(change.scale.to(row.device))
+                row.mul_(change.scale)
             if change is not None and change.delta is not None:
-                row.add_(change.delta.to(row.device))
+                row.add_(change.delta)
 
     def apply(
         self, terms: Sequence[Term], out: torch.Tensor, noise: torch.Tensor | None = None
@@ -107,9 +102,7 @@ class MixedCell:
         self._backward_step(terms)
         torch.sub(original, wide, out=back)
         torch.sub(wide, step, out=result)
-        out.copy_(
-            result if noise is None else by_chance(result, noise.to(result.device), out.dtype)
-        )
+        out.copy_(result if noise is None else by_chance(result, noise, out.dtype))
         clamped = clamps(result, out.dtype)
         result.copy_(out)
         torch.sub(result, wide, out=result)
@@ -142,9 +135,7 @@ class MixedCell:
         self._backward_step(terms)
         result = (self._operands[1] - self._views[1]).abs()
         out.copy_(result)
-        over = ~torch.isfinite(out.to(result.device).double()) | (
-            result > SATURATES.get(out.dtype, math.inf)
-        )
+        over = ~torch.isfinite(out.double()) | (result > SATURATES.get(out.dtype, math.inf))
         return int(over.sum()), float(result.max()) if result.numel() else 0.0
 
     def exact(self, terms: Sequence[Term], out: torch.Tensor) -> MixedMoments:
@@ -161,7 +152,7 @@ class MixedCell:
         for term in terms:
             new = operands[term.new]
             step += (new if term.old < 0 else new - operands[term.old]) * term.coefficient
-        moved = out.to(wide.device).double() - wide
+        moved = out.double() - wide
         missed = moved - step
         limit = SATURATES.get(out.dtype, math.inf)
         clamped = bool(((wide + step).abs() > limit).any())

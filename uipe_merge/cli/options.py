@@ -132,7 +132,7 @@ Seed = Annotated[
     int, typer.Option(help="Of stochastic rounding, of --control, --rank and --energy.")
 ]
 Device = Annotated[
-    str, typer.Option(help="cuda for singular vectors, and for what is not compiled.")
+    str, typer.Option(help="Where --rank and --energy find singular vectors: cpu or cuda.")
 ]
 Threads = Annotated[
     int | None,

@@ -75,7 +75,7 @@ def cluster(job: Job, address: str | None, width: int | None) -> Iterator[RayExe
     _require_listener(named)
     _connect(ray, named)
     try:
-        yield RayExecutor(width or int(ray.cluster_resources().get("CPU", 1)), job.device)
+        yield RayExecutor(width or int(ray.cluster_resources().get("CPU", 1)))
     finally:
         ray.shutdown()
 
@@ -131,10 +131,9 @@ def _connect(ray: Any, address: str) -> None:  # noqa: ANN401 - a module
 class RayExecutor:
     """Runs workers on the cluster that this process is connected to."""
 
-    def __init__(self, width: int, device: str = "cpu") -> None:
-        """Use ``width`` workers at most, each with a processor, and a GPU where that is meant."""
+    def __init__(self, width: int) -> None:
+        """Use ``width`` workers at most, each with a processor."""
         self.width = max(width, 1)
-        self._gpus = 0 if device == "cpu" else 1
 
     def run(
         self, make_worker: Callable[[], Worker[Item, Result]], items: Iterable[Item]
@@ -146,7 +145,7 @@ class RayExecutor:
         Raises:
             RemoteError: Workers cannot be started, or die again and again.
         """
-        crew = _Crew(make_worker, items, self.width, self._gpus)
+        crew = _Crew(make_worker, items, self.width)
         try:
             yield from crew.results()
         finally:
@@ -184,7 +183,6 @@ class _Crew(Generic[Item, Result]):
         make_worker: Callable[[], Worker[Item, Result]],
         items: Iterable[Item],
         width: int,
-        gpus: int,
     ) -> None:
         import ray
 
@@ -199,7 +197,6 @@ class _Crew(Generic[Item, Result]):
         remote: Any = ray.remote(_Actor)
         self._actor = remote.options(
             num_cpus=1,
-            num_gpus=gpus,
             max_restarts=0,
             max_task_retries=0,
             scheduling_strategy="SPREAD",
