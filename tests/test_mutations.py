@@ -18,7 +18,7 @@ import pytest
 import uipe_merge
 
 TESTS = Path(__file__).parent
-_FAILED = re.compile(r"^(?:FAILED|ERROR) \S+?::(\S+)", re.MULTILINE)
+_FAILED = re.compile(r"^(?:FAILED|ERROR) \S+?::(.+?)(?: - .*)?$", re.MULTILINE)
 
 
 class Edit(NamedTuple):
