@@ -22,7 +22,7 @@ fused = pytest.importorskip(
     "uipe_merge.arithmetic.fused", reason="this copy was built without a compiler"
 )
 
-LETTERS = {torch.bfloat16: b"B", torch.float32: b"F"}
+LETTERS = {torch.bfloat16: b"B", torch.float16: b"H", torch.float32: b"F"}
 TRIPLES = [(one, two, out) for one in LETTERS for two in LETTERS for out in LETTERS]
 ALPHAS = [-1.0, -0.5, 0.0, 0.1, 0.3, 2.0, 10.0]
 ODD = [0, 1, 7, 1023, 1024, 1025, 5000]  # around the chunk, and no multiple of anything
@@ -76,6 +76,25 @@ def test_the_same_bits_as_torch_and_the_reference(
             want, _, _ = expected(original, unlearned, alpha, out)
             assert np.array_equal(bits(got), bits(want)), (count, alpha)
             assert_merged(got, original, unlearned, alpha)
+
+
+def test_every_float16_and_every_way_to_round_to_one() -> None:
+    halves = np.arange(2**16, dtype=np.uint16).view(np.int16)
+    stored = torch.from_numpy(halves.copy()).view(torch.float16)
+    stored = stored[stored.isfinite()]
+    # Of float32 the upper half of the bits, and below it what is on either side of a tie.
+    low = np.array([0, 1, 0xFFF, 0x1000, 0x1001, 0x1FFF, 0x2FFF, 0x3000, 0x7FFF, 0xF000], np.uint32)
+    words = (np.arange(2**16, dtype=np.uint32)[:, None] << 16 | low).reshape(-1)
+    values = torch.from_numpy(words.view(np.int32).copy()).view(torch.float32)
+    values = values[values.abs() < 65520]
+    for one in (stored, values):
+        # 0 shows what is stored itself; the other α move it to places that it does not hold.
+        for two, alpha in ((one, 0.0), (one.flip(0), 0.3), (one.roll(1), -0.7)):
+            got, _ = run(one, two, alpha, torch.float16)
+            want, _, _ = expected(one, two, alpha, torch.float16)
+            fits = want.isfinite()
+            assert np.array_equal(bits(got[fits]), bits(want[fits]))
+            assert torch.equal(got[~fits], want[~fits])
 
 
 def patterns(dtype: torch.dtype) -> st.SearchStrategy[list[int]]:
@@ -198,7 +217,7 @@ def test_what_does_not_fit_together_is_an_error() -> None:
         (two, b"B", two, b"B", (two, three), b"B", (1.0, 2.0), 1),
         (two, b"B", three, b"B", (two,), b"B", (1.0,), 1),
         (two, b"F", two, b"B", (two,), b"B", (1.0,), 1),
-        (two, b"H", two, b"B", (two,), b"B", (1.0,), 1),
+        (two, b"D", two, b"B", (two,), b"B", (1.0,), 1),
         (two, b"B", two, b"B", (two,), b"B", (1.0,), 0),
         (two, b"B", two, b"B", (), b"B", (), 1),
         (two, b"B", two, b"B", (two,) * 17, b"B", (1.0,) * 17, 1),
@@ -211,6 +230,9 @@ def test_what_does_not_fit_together_is_an_error() -> None:
             fused.extrapolate(two, b"B", two, b"B", outs, b"B", alphas, 1, False, 0, 0)
     with pytest.raises(TypeError):
         fused.extrapolate(two, b"B", two, b"B", (two,), b"B", ("1",), 1, False, 0, 0)
+    for letter in (b"H", b"F"):
+        with pytest.raises(ValueError, match="chance"):
+            fused.extrapolate(two, letter, two, letter, (two,), letter, (1.0,), 1, True, 0, 0)
 
 
 def test_a_merge_without_it_writes_the_same_weights(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from uipe_merge.arithmetic.terms import Vector
     from uipe_merge.plan import Plan, Step
 
-_TYPES = {"BF16": b"B", "F32": b"F"}
+_TYPES = {"BF16": b"B", "F16": b"H", "F32": b"F"}
 _ARITHMETICS = get_args(Arithmetic)
 _MOST = 12
 """Operands, terms and vectors that the compiled functions take."""
@@ -41,7 +41,7 @@ def covers(step: Step) -> bool:
     assert step.original is not None  # noqa: S101 - the plan gives it for this operation
     if step.changed or step.dtype.name not in _TYPES:
         return False
-    if step.noise is not None and step.arithmetic != "wider":
+    if step.noise is not None and (step.arithmetic != "wider" or step.dtype.name == "F16"):
         return False
     if step.source.dtype.name not in _TYPES or step.original.dtype.name not in _TYPES:
         return False

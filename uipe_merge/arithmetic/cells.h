@@ -19,7 +19,7 @@
 #include <string.h>
 
 enum { CHUNK = 1024, VECTOR_BYTES = 32 };
-enum { BF16, F32 };
+enum { BF16, F16, F32 };
 
 /* One copy of each loop per instruction set, chosen when the module is loaded. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
@@ -33,6 +33,7 @@ enum { BF16, F32 };
 
 typedef float Singles __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t SingleBits __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t SingleCounts __attribute__((vector_size(VECTOR_BYTES)));
 typedef double Doubles __attribute__((vector_size(VECTOR_BYTES)));
 typedef float HalfSingles __attribute__((vector_size(VECTOR_BYTES / 2)));
 
@@ -50,6 +51,56 @@ typedef SingleBits NoiseChunk[CHUNK * sizeof(uint32_t) / VECTOR_BYTES];
 /* Up as often as the bits that go are a part of their unit: noise is uniform in 0 … 2¹⁶ − 1. */
 #define TO_BF16_BY_CHANCE(sum, at) ((Singles)(((SingleBits)(sum) + noise[at]) & 0xffff0000u))
 
+/* float16, in bits of float32: its smallest normal number, the least that rounds to infinity, and
+ * what float32's exponents are larger by. */
+#define F16_NORMAL 0x38800000u
+#define F16_TOO_LARGE 0x477ff000u
+#define F16_REBIAS 0x38000000u
+#define INFINITE 0x7f800000u
+
+/* To nearest, ties to even: by carrying, and below the normal numbers, where all are multiples of
+ * 2⁻²⁴, by adding 1/2, from where on float32 has no others. */
+#define F16_CARRIED(size) (((size) + 0xfff + (((size) >> 13) & 1)) & 0xffffe000u)
+#define F16_SMALL(size) ((SingleBits)(((Singles)(size) + 0.5f) - 0.5f))
+#define PICK(mask, one, other) (((one) & (SingleBits)(mask)) | ((other) & ~(SingleBits)(mask)))
+#define F16_FINITE(size) PICK((size) < F16_NORMAL, F16_SMALL(size), F16_CARRIED(size))
+#define F16_SIZE(size) PICK((size) >= F16_TOO_LARGE, INFINITE, F16_FINITE(size))
+#define TO_F16(sum, at)                                                                            \
+    ((Singles)(F16_SIZE((SingleBits)(sum) & 0x7fffffffu) | ((SingleBits)(sum) & 0x80000000u)))
+
+SHARED inline uint32_t bits_of(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+SHARED inline float single_of(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+SHARED inline uint32_t f16_widened(uint16_t half)
+{
+    const uint32_t sign = (uint32_t)(half & 0x8000) << 16, size = (uint32_t)(half & 0x7fff) << 13;
+    const uint32_t small = bits_of((float)(half & 0x3ff) * 0x1p-24f);
+    const uint32_t normal = size + F16_REBIAS;
+    const uint32_t large = (half & 0x7c00) == 0x7c00 ? normal + F16_REBIAS : normal; /* ∞, NaN */
+    return sign | (half & 0x7c00 ? large : small);
+}
+
+/* Of a float32 that float16 holds. */
+SHARED inline uint16_t f16_narrowed(uint32_t bits)
+{
+    const uint32_t sign = bits & 0x80000000u, size = bits ^ sign;
+    const uint32_t small = bits_of(single_of(size) + 0.5f) - bits_of(0.5f);
+    const uint32_t normal = (size - F16_REBIAS) >> 13;
+    const uint32_t large = size >= INFINITE ? 0x7c00 : normal;
+    return (uint16_t)(sign >> 16 | (size < F16_NORMAL ? small : large));
+}
+
 #define DEFINE_CONVERSION(NAME, FROM, TO, VALUE)                                                   \
     SHARED VECTORISED void NAME(const FROM *restrict from, TO *restrict to, size_t count)          \
     {                                                                                              \
@@ -59,6 +110,8 @@ typedef SingleBits NoiseChunk[CHUNK * sizeof(uint32_t) / VECTOR_BYTES];
 
 DEFINE_CONVERSION(bf16_to_f32, uint16_t, uint32_t, (uint32_t)from[i] << 16)
 DEFINE_CONVERSION(f32_to_bf16, uint32_t, uint16_t, from[i] >> 16)
+DEFINE_CONVERSION(f16_to_f32, uint16_t, uint32_t, f16_widened(from[i]))
+DEFINE_CONVERSION(f32_to_f16, uint32_t, uint16_t, f16_narrowed(from[i]))
 DEFINE_CONVERSION(f32_to_f64, float, double, from[i])
 DEFINE_CONVERSION(f64_to_f32, double, float, from[i])
 
@@ -85,12 +138,12 @@ typedef struct {
 
 SHARED size_t size_of(int type)
 {
-    return type == BF16 ? 2 : 4;
+    return type == F32 ? 4 : 2;
 }
 
 SHARED int type_of(char name)
 {
-    return name == 'B' ? BF16 : name == 'F' ? F32 : -1;
+    return name == 'B' ? BF16 : name == 'H' ? F16 : name == 'F' ? F32 : -1;
 }
 
 SHARED const char *position(const Py_buffer *buffer, int type, size_t at)
@@ -104,20 +157,31 @@ SHARED void to_singles(const Py_buffer *buffer, int type, size_t at, size_t some
     const void *from = position(buffer, type, at);
     if (type == BF16)
         bf16_to_f32(from, (void *)wide, some);
+    else if (type == F16)
+        f16_to_f32(from, (void *)wide, some);
     else
         memcpy(wide, from, some * sizeof(float));
+}
+
+/* Store at most a chunk of values that the type holds. */
+SHARED void from_singles(
+    const Singles *wide, const Py_buffer *buffer, int type, size_t at, size_t some)
+{
+    void *to = (void *)position(buffer, type, at);
+    if (type == BF16)
+        f32_to_bf16((const void *)wide, to, some);
+    else if (type == F16)
+        f32_to_f16((const void *)wide, to, some);
+    else
+        memcpy(to, wide, some * sizeof(float));
 }
 
 /* Widen at most a chunk of stored elements to float64. */
 SHARED void to_doubles(const Py_buffer *buffer, int type, size_t at, size_t some, Doubles *wide)
 {
-    float narrow[CHUNK];
-    const void *from = position(buffer, type, at);
-    if (type == BF16) {
-        bf16_to_f32(from, (void *)narrow, some);
-        from = narrow;
-    }
-    f32_to_f64(from, (void *)wide, some);
+    SingleChunk narrow;
+    to_singles(buffer, type, at, some, narrow);
+    f32_to_f64((const void *)narrow, (void *)wide, some);
 }
 
 /* Return a list of tuples, one a cell, of ``width`` numbers each. */

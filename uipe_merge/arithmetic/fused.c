@@ -13,7 +13,6 @@ enum { GROUPS = 4, MOST_LANES = GROUPS * VECTOR_BYTES / 4 };
 enum { UPDATE, UNLEARNED, ALONG, ERROR, CHANGED, DIFFERING, MOMENTS };
 
 typedef double Sums[MOMENTS][MOST_LANES];
-typedef int32_t SingleCounts __attribute__((vector_size(VECTOR_BYTES)));
 typedef int64_t DoubleCounts __attribute__((vector_size(VECTOR_BYTES)));
 
 /* Where θ₀ and θᵤ are. */
@@ -105,11 +104,21 @@ DEFINE_UPDATE(update_in_double, double, Doubles, DoubleCounts)
     }
 
 DEFINE_CHUNK(chunk_in_float, float, Singles, SingleCounts, FROM_UNLEARNED, TO_BF16)
+DEFINE_CHUNK(chunk_in_half, float, Singles, SingleCounts, FROM_UNLEARNED, TO_F16)
 DEFINE_CHUNK(chunk_by_chance, float, Singles, SingleCounts, FROM_UNLEARNED, TO_BF16_BY_CHANCE)
 DEFINE_CHUNK(chunk_in_double, double, Doubles, DoubleCounts, FROM_UNLEARNED, TO_F32)
 DEFINE_CHUNK(chunk_single, float, Singles, SingleCounts, FROM_UNLEARNED, AS_IT_IS)
 DEFINE_CHUNK(task_in_float, float, Singles, SingleCounts, FROM_ORIGINAL, TO_BF16)
+DEFINE_CHUNK(task_in_half, float, Singles, SingleCounts, FROM_ORIGINAL, TO_F16)
 DEFINE_CHUNK(task_single, float, Singles, SingleCounts, FROM_ORIGINAL, AS_IT_IS)
+
+typedef void Chunk(
+    const Singles *restrict, const Singles *restrict, Singles *restrict, const SingleBits *restrict,
+    double, const Singles *restrict, double, Sums);
+
+/* By the type of the output. */
+static Chunk *const chunks[] = {[BF16] = chunk_in_float, [F16] = chunk_in_half, [F32] = chunk_single};
+static Chunk *const tasks[] = {[BF16] = task_in_float, [F16] = task_in_half, [F32] = task_single};
 
 /* The arithmetic is in float32: the outputs are of 16 bits, or that is asked for. */
 static void cell_in_float(
@@ -118,7 +127,8 @@ static void cell_in_float(
 {
     NoiseChunk noise;
     SingleChunk wide[3], base;
-    const int task = outputs->arithmetic == TASK, whole = outputs->type == F32;
+    const int task = outputs->arithmetic == TASK;
+    Chunk *chunk = rule->by_chance ? chunk_by_chance : (task ? tasks : chunks)[outputs->type];
     for (size_t at = start; at < start + count; at += CHUNK) {
         size_t some = start + count - at < CHUNK ? start + count - at : CHUNK;
         if (some < CHUNK)
@@ -131,20 +141,9 @@ static void cell_in_float(
         if (rule->by_chance)
             draw(rule->key, rule->first + at, (void *)noise);
         for (int k = 0; k < outputs->count; k++) {
-            const double alpha = outputs->alphas[k];
-            void *to = (void *)position(&outputs->buffers[k], outputs->type, at);
-            if (task)
-                (whole ? task_single : task_in_float)(
-                    wide[0], wide[1], wide[2], NULL, alpha, base, outputs->weight, sums[k]);
-            else if (rule->by_chance)
-                chunk_by_chance(wide[0], wide[1], wide[2], noise, alpha, NULL, 0, sums[k]);
-            else
-                (whole ? chunk_single : chunk_in_float)(
-                    wide[0], wide[1], wide[2], NULL, alpha, NULL, 0, sums[k]);
-            if (whole)
-                memcpy(to, wide[2], some * sizeof(float));
-            else
-                f32_to_bf16((void *)wide[2], to, some);
+            chunk(
+                wide[0], wide[1], wide[2], noise, outputs->alphas[k], base, outputs->weight, sums[k]);
+            from_singles(wide[2], &outputs->buffers[k], outputs->type, at, some);
         }
     }
 }
@@ -197,7 +196,7 @@ static PyObject *run(
         const size_t start = number * cell;
         const size_t count = elements - start < cell ? elements - start : cell;
         Sums sums[MOST] = {0};
-        if (outputs->type == BF16 || outputs->arithmetic != WIDER)
+        if (outputs->type != F32 || outputs->arithmetic != WIDER)
             cell_in_float(inputs, outputs, start, count, rule, sums);
         else
             cell_in_double(inputs, outputs, start, count, sums);
@@ -253,10 +252,10 @@ static PyObject *extrapolate(PyObject *module, PyObject *arguments)
     rule.key = key, rule.first = position_of_first;
     inputs.first = type_of(one), inputs.second = type_of(two), outputs.type = type_of(three);
     if (inputs.first < 0 || inputs.second < 0 || outputs.type < 0 || cell < 1) {
-        refused("a type is 'B' or 'F', and a cell has an element");
+        refused("a type is 'B', 'H' or 'F', and a cell has an element");
     } else if (
         outputs.arithmetic < WIDER || outputs.arithmetic > TASK
-        || (rule.by_chance && (outputs.arithmetic == TASK || outputs.type == F32))) {
+        || (rule.by_chance && (outputs.arithmetic == TASK || outputs.type != BF16))) {
         refused("there is no such arithmetic, or none by chance");
     } else {
         const size_t elements = (size_t)inputs.unlearned.len / size_of(inputs.second);
@@ -285,7 +284,7 @@ static PyMethodDef methods[] = {
 static struct PyModuleDef definition = {
     .m_base = PyModuleDef_HEAD_INIT,
     .m_name = "fused",
-    .m_doc = "The extrapolation of bfloat16 and float32 blocks in one pass, and mixed steps.",
+    .m_doc = "The extrapolation of 16-bit and float32 blocks in one pass, and mixed steps.",
     .m_size = 0,
     .m_methods = methods,
 };

@@ -18,7 +18,7 @@ def extrapolate(
 ) -> list[list[tuple[float, ...]]]:
     """Fill each of ``outs`` with θᵤ + α·v, v being formed once for all of them.
 
-    A type is ``b"B"`` for bfloat16, ``b"F"`` for float32.
+    A type is ``b"B"`` for bfloat16, ``b"H"`` for float16, ``b"F"`` for float32.
 
     With ``by_chance`` a bfloat16 output is rounded up or down by the noise of ``key``, the
     buffers beginning at element ``first`` of the tensor; see ``arithmetic.noise``.
@@ -56,8 +56,8 @@ def mix(
 
     Raises:
         ValueError: The buffers hold different numbers of elements, a type is another, a term
-            names an operand that is not there, or there are fewer than two operands, or more
-            than twelve operands or terms.
+            names an operand that is not there, there are fewer than two operands, or more
+            than twelve operands or terms, or float16 is to be rounded by chance.
     """
 
 def products(

@@ -99,13 +99,14 @@ enum { ROWS = MOST + 1 };
     }
 
 DEFINE_CHUNK(chunk_in_float, float, Singles, SingleChunk, TO_BF16)
+DEFINE_CHUNK(chunk_in_half, float, Singles, SingleChunk, TO_F16)
 DEFINE_CHUNK(chunk_by_chance, float, Singles, SingleChunk, TO_BF16_BY_CHANCE)
 DEFINE_CHUNK(chunk_in_double, double, Doubles, DoubleChunk, TO_F32)
 
 /* The output is of 16 bits, the arithmetic in float32. */
 static void cell_in_float(
-    const Operands *operands, const Terms *terms, Py_buffer *out, size_t start, size_t count,
-    const Rule *rule, Sums sums)
+    const Operands *operands, const Terms *terms, Py_buffer *out, int type, size_t start,
+    size_t count, const Rule *rule, Sums sums)
 {
     NoiseChunk noise;
     SingleChunk wide[ROWS], result;
@@ -120,9 +121,9 @@ static void cell_in_float(
             draw(rule->key, rule->first + at, (void *)noise);
             chunk_by_chance(wide, result, noise, terms, sums);
         } else {
-            chunk_in_float(wide, result, NULL, terms, sums);
+            (type == BF16 ? chunk_in_float : chunk_in_half)(wide, result, NULL, terms, sums);
         }
-        f32_to_bf16((void *)result, (void *)position(out, BF16, at), some);
+        from_singles(result, out, type, at, some);
     }
 }
 
@@ -252,7 +253,7 @@ static int take(PyObject *buffers, const char *types, Py_ssize_t letters, Operan
         Py_buffer *buffer = &operands->buffers[i];
         const int type = operands->types[i] = type_of(types[i]);
         if (type < 0)
-            return refused("a type is 'B' or 'F'");
+            return refused("a type is 'B', 'H' or 'F'");
         if (PyObject_GetBuffer(PyTuple_GetItem(buffers, i), buffer, PyBUF_SIMPLE) < 0)
             return -1;
         operands->count++;
@@ -334,8 +335,8 @@ static PyObject *run_mix(
         size_t start = number * cell;
         size_t count = elements - start < cell ? elements - start : cell;
         Sums sums = {{0}};
-        if (type == BF16)
-            cell_in_float(operands, terms, out, start, count, rule, sums);
+        if (type != F32)
+            cell_in_float(operands, terms, out, type, start, count, rule, sums);
         else
             cell_in_double(operands, terms, out, start, count, sums);
         add_up(sums, found + number * MOMENTS);
@@ -388,7 +389,9 @@ PyObject *mix(PyObject *module, PyObject *arguments)
     if (take(buffers, types, letters, &operands) < 0)
         ; /* an exception is set */
     else if (type < 0 || cell < 1)
-        refused("a type is 'B' or 'F', and a cell has an element");
+        refused("a type is 'B', 'H' or 'F', and a cell has an element");
+    else if (rule.by_chance && type == F16)
+        refused("float16 is not rounded by chance here");
     else if (operands.count < 2)
         refused("there are two operands at least, the original and the unlearned");
     else if ((size_t)out.len != operands.elements * size_of(type))
