@@ -6,6 +6,8 @@
  *
  * Compile with -ffp-contract=off: a fused multiply-add rounds once where two roundings are due.
  * And with -fno-strict-aliasing: the same buffers are looked at as numbers and as their bits.
+ * And with -fno-trapping-math, or no loop with a choice in it is vectorised: nobody asks which
+ * exceptions were raised.
  */
 #ifndef UIPE_MERGE_CELLS_H
 #define UIPE_MERGE_CELLS_H
