@@ -1,8 +1,6 @@
 """For the hazard tests: refusals that leave no trace, trees compared, privileges given up."""
 
-import contextlib
 import ctypes
-import io
 import os
 import stat
 import subprocess
@@ -10,9 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import Result, assert_refused, run_cli
-
-from uipe_merge.cli.app import _run
+from helpers import Result, assert_refused, run_here
 
 _PR_CAPBSET_DROP = 24
 _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 1, 2
@@ -33,19 +29,6 @@ def tree(path: Path) -> dict[str, tuple[int, int, str | bytes]]:
             content = entry.read_bytes()
         found[str(entry)] = (status.st_mode, status.st_mtime_ns, content)
     return found
-
-
-def run_here(*arguments: object, cwd: Path) -> Result:
-    """Run the program in this process: hundreds of refusals need not start an interpreter each."""
-    words = [os.fsdecode(word if isinstance(word, bytes) else str(word)) for word in arguments]
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        contextlib.chdir(cwd),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        code = _run(words)
-    return Result(code, out.getvalue(), err.getvalue())
 
 
 def refuse(root: Path, code: int, *fragments: str, arguments: tuple[object, ...]) -> Result:
@@ -73,7 +56,7 @@ def merge_command(root: Path, output: object, *extra: object) -> tuple[object, .
 def merged(root: Path, *extra: object, alpha: float = 1) -> Result:
     """Merge ``root/original`` and ``root/unlearned`` into ``root/out``, which must succeed."""
     arguments = (root / "original", root / "unlearned", "--alpha", alpha, "-o", root / "out")
-    result = run_cli(*arguments, *extra, cwd=root)
+    result = run_here(*arguments, *extra, cwd=root)
     assert result.code == 0, result
     assert "Traceback" not in result.err
     return result

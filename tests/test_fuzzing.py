@@ -15,9 +15,16 @@ from typing import Any, NoReturn
 import fuzzing
 import pytest
 import yaml
-from cli_tools import run_here
 from fakes import MemoryFile, MemoryFolder
-from helpers import CONFIG, assert_refused, moved, random_tensors, write_checkpoint, write_pair
+from helpers import (
+    CONFIG,
+    assert_refused,
+    moved,
+    random_tensors,
+    run_here,
+    write_checkpoint,
+    write_pair,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -36,7 +43,9 @@ from uipe_merge.cli.console import Bar
 from uipe_merge.errors import CorruptInputError, IncompatibleModelsError, UipeMergeError
 from uipe_merge.output.card import encode_card
 from uipe_merge.output.manifest import LARGEST_MANIFEST, read_manifest
+from uipe_merge.plan import NUMERICS
 from uipe_merge.recipe import Recipe
+from uipe_merge.recorded import Record
 from uipe_merge.report import summarise
 
 SEEDS = fuzzing.seeds()
@@ -237,6 +246,24 @@ def test_a_size_below_zero_in_a_manifest(tmp_path: Path) -> None:
     (tmp_path / "uipe_merge.json").write_text(json.dumps({"schema": 1, "files": files}))
     with pytest.raises(CorruptInputError, match="damaged entry for 'a'"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.found("a list for a size in the manifest's record of the inputs was a traceback")
+@pytest.mark.parametrize("key", ["name", "size", "header_sha256"])
+@pytest.mark.parametrize("value", [[], {}, None, 1.5], ids=str)
+def test_a_wrong_record_of_the_inputs_in_a_manifest(key: str, value: object) -> None:
+    base = open_checkpoint(MemoryFolder({"model.safetensors": fuzzing.SINGLE}))
+    [shard] = base.shards
+    said = {"name": shard.name, "size": shard.stamp.size, "header_sha256": shard.header_sha256}
+    for changed in ({}, {key: value}):
+        sides = {"shards": [said]}, {"shards": [{**said, **changed}]}
+        inputs = dict(zip(("original", "unlearned"), sides, strict=True))
+        record = Record({"tool": {"numerics": NUMERICS}, "inputs": inputs}, "OUT/uipe_merge.json")
+        if changed:
+            with pytest.raises(IncompatibleModelsError, match="not what the model was made from"):
+                record.require_inputs([base, base])
+        else:
+            record.require_inputs([base, base])
 
 
 # ------------------------------------------------------------ found by attacking

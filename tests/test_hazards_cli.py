@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_tools import merged, refuse, refuse_merge, run_here, tree
-from helpers import CONFIG, Result, assert_refused, write_checkpoint
+from cli_tools import merged, refuse, refuse_merge, tree
+from helpers import CONFIG, Result, assert_refused, run_here, write_checkpoint
 
 A, B = (f"model.layers.{number}.mlp.down_proj.weight" for number in (0, 1))
 MODEL = {A: torch.ones(4, 8), B: torch.ones(2, 8)}  # 128 and 64 bytes

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_tools import refuse_merge, run_here, tree
-from helpers import CONFIG, raw_safetensors, write_checkpoint
+from cli_tools import refuse_merge, tree
+from helpers import CONFIG, raw_safetensors, run_here, write_checkpoint
 
 WEIGHT = "model.layers.0.mlp.down_proj.weight"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_tools import merged, refuse_merge, run_here, tree
+from cli_tools import merged, refuse_merge, tree
 from damage import (
     FIRST,
     INDEX,
@@ -34,7 +34,7 @@ from damage import (
     stale_single,
     unnamed_weights,
 )
-from helpers import assert_refused, contents, random_tensors, write_pair
+from helpers import assert_refused, contents, random_tensors, run_here, write_pair
 from hostile import filled, numbered, refuse_started, refuse_within_memory
 
 from uipe_merge.checkpoint.strict_json import MOST_BYTES

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_tools import merged, refuse_merge, run_here, tree
-from helpers import CONFIG, read_tensors, run_cli, write_checkpoint
+from cli_tools import merged, refuse_merge, tree
+from helpers import CONFIG, read_tensors, run_cli, run_here, write_checkpoint
 
 Tensors = Mapping[str, torch.Tensor]
 

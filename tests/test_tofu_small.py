@@ -1,17 +1,23 @@
 """The study of examples/tofu_small, from questions to tables, on a model that knows nothing."""
 
+import contextlib
 import csv
 import hashlib
 import importlib
+import io
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "examples" / "tofu_small"
 PEOPLE = ("Alice", "Bob", "Carol", "Dave", "Erin", "Frank", "Grace", "Heidi")
@@ -65,20 +71,37 @@ def script(name: str, *words: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def done(name: str, *words: object) -> str:
+def started(name: str, *words: object) -> None:
     finished = script(name, *words)
     assert finished.returncode == 0, finished.stderr
-    return finished.stdout
 
 
-def train(folder: Path, name: str = "seed") -> None:
+def run_here(name: str, *words: object) -> None:
+    """The script in this process, where all that it imports is loaded already."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with (
+            patch.object(sys, "argv", [name, *map(str, words)]),
+            patch.object(sys, "path", [str(SCRIPTS), *sys.path]),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+
+
+Run = Callable[..., None]
+
+
+def train(run: Run, folder: Path, name: str = "seed") -> None:
     words = ("--size", "tiny", "--forget", "forget01", "--questions", 9, "--epochs", 2)
-    done("train.py", folder / "data", folder / name, *words)
+    run("train.py", folder / "data", folder / name, *words)
 
 
-def unlearn(folder: Path, name: str = "seed") -> None:
+def unlearn(run: Run, folder: Path, name: str = "seed") -> None:
     words = ("--method", "npo", "--steps", 2, "--repair-steps", 2)
-    done("unlearn.py", folder / name, *words)
+    run("unlearn.py", folder / name, *words)
 
 
 def digests(folder: Path, pattern: str = "**/*") -> dict[str, str]:
@@ -99,15 +122,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The questions, and the whole study of a seed on them."""
     folder = tmp_path_factory.mktemp("tofu-small")
     write_data(folder / "data")
-    everything(folder)
+    everything(started, folder)
     return folder
 
 
-def everything(folder: Path) -> None:
-    train(folder)
-    unlearn(folder)
-    done("study.py", folder / "seed", "--method", "npo", "--max-new-tokens", 4)
-    done("summarise.py", folder / "seed", "--output", folder / "found")
+def everything(run: Run, folder: Path) -> None:
+    train(run, folder)
+    unlearn(run, folder)
+    run("study.py", folder / "seed", "--method", "npo", "--max-new-tokens", 4)
+    run("summarise.py", folder / "seed", "--output", folder / "found")
 
 
 def test_the_study_runs_from_questions_to_tables(folder: Path) -> None:
@@ -145,14 +168,14 @@ def test_the_study_runs_from_questions_to_tables(folder: Path) -> None:
 def test_a_second_run_changes_nothing(folder: Path) -> None:
     before = digests(folder)
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    everything(folder)
+    everything(run_here, folder)
     assert digests(folder) == before
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == times
 
 
 def test_the_same_seed_gives_the_same_bytes(folder: Path) -> None:
-    train(folder, "again")
-    unlearn(folder, "again")
+    train(run_here, folder, "again")
+    unlearn(run_here, folder, "again")
     again = digests(folder / "again")
     assert "full/model.safetensors" in again
     assert "repaired-npo/model.safetensors" in again

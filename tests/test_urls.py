@@ -7,8 +7,8 @@ from typing import Any
 
 import fsspec
 import pytest
-from cli_tools import refuse, run_here
-from helpers import contents, write_pair
+from cli_tools import refuse
+from helpers import contents, run_here, write_pair
 from test_storage import FILES, FolderContract
 
 from uipe_merge.checkpoint.urls import RemoteFolder, is_url, local

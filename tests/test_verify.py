@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from cli_tools import bind_by_permissions, require_binding_permissions, run_here
-from helpers import assert_refused, run_cli, write_checkpoint
+from cli_tools import bind_by_permissions, require_binding_permissions
+from helpers import assert_refused, run_cli, run_here, write_checkpoint
 
 from uipe_merge import api
 

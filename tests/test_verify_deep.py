@@ -11,8 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from cli_tools import run_here
-from helpers import CONFIG, Result, assert_refused, moved, random_tensors, write_checkpoint
+from helpers import (
+    CONFIG,
+    Result,
+    assert_refused,
+    moved,
+    random_tensors,
+    run_here,
+    write_checkpoint,
+)
 from safetensors.torch import load_file, save_file
 
 from uipe_merge import Deep, api

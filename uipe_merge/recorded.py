@@ -127,12 +127,14 @@ class Record:
             shards = entry.get("shards") if isinstance(entry, dict) else None
             if not isinstance(shards, list) or not all(isinstance(each, dict) for each in shards):
                 raise self.damaged("record of the inputs")
+            # Of any type, in a manifest that was changed: only texts are sure to be hashable.
             then = {
-                (str(each.get("name")), each.get("size"), each.get("header_sha256"))
+                (str(each.get("name")), str(each.get("size")), str(each.get("header_sha256")))
                 for each in shards
             }
             now = {
-                (shard.name, shard.stamp.size, shard.header_sha256) for shard in checkpoint.shards
+                (shard.name, str(shard.stamp.size), shard.header_sha256)
+                for shard in checkpoint.shards
             }
             if then != now:
                 names = sorted({name for name, *_ in then ^ now})
