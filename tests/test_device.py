@@ -1,15 +1,16 @@
 """device.py: what goes to a GPU, piece by piece; and a slow one is told of."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import bits, run_here, write_pair
+from helpers import run_here, write_pair
 
-from uipe_merge import api, device
+from uipe_merge import api, device, matrices
 from uipe_merge.arithmetic.svd import LowRank, by_rank
-from uipe_merge.device import PIECE, Filling, Slot, Trial
+from uipe_merge.device import PIECE, Filling, Slot, slower
 from uipe_merge.steering import Steering
 
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -20,10 +21,14 @@ class SlowSlot:
 
     def __init__(self, size: int) -> None:
         self.values = torch.full((size,), torch.nan)
-        self.waited = 0
+        self.waited = self.begun = 0
         self._sent: tuple[torch.Tensor, int] | None = None
 
+    def begin(self, device: torch.device) -> None:
+        self.begun += 1
+
     def send(self, target: torch.Tensor) -> None:
+        assert self.begun
         assert self._sent is None, "what was sent before may not have arrived"
         self._sent = (target, len(target))
 
@@ -66,6 +71,13 @@ class TestFilling:
         assert one.waited == before
         filling.whole()
 
+    @pytest.mark.parametrize("number", [0, 2])
+    def test_more_than_there_is_room_for(self, number: int) -> None:
+        filling = Filling(5, "cpu", [SlowSlot(4) for _ in range(number)])
+        filling.add(torch.zeros(3))
+        with pytest.raises(ValueError, match="more values"):
+            filling.add(torch.zeros(3))
+
     def test_wider_values_are_rounded(self) -> None:
         filling = Filling(2, "cpu", ())
         filling.add(torch.tensor([1 / 3, 2.0], dtype=torch.float64))
@@ -87,38 +99,29 @@ def found(matrix: torch.Tensor) -> LowRank:
     return by_rank(matrix, 1, 0)
 
 
-class TestTrial:
+class TestSlower:
     @pytest.mark.parametrize(
-        ("there", "here", "slower"), [(3.0, 8.0, False), (3.0, 4.0, True), (1.0, 2.0, False)]
+        ("there", "here", "told"), [(3.0, 8.0, False), (3.0, 4.0, True), (1.0, 2.0, False)]
     )
-    def test_a_device_that_is_slower_is_told_of(
-        self, there: float, here: float, slower: bool
+    def test_a_device_that_is_slower_than_all_threads_is_told_of(
+        self, there: float, here: float, told: bool
     ) -> None:
-        trial = Trial("cuda:7", 2, Clock(there, here))
-        matrix = torch.ones(3, 5)
-        assert bits(trial.find(found, matrix).left).tolist() == bits(found(matrix).left).tolist()
-        said = (
-            f"--device cuda:7 is slower here: {there:.3g} s for the singular vectors of 3 × 5, "
-            f"the processor with 2 threads {here / 2:.3g} s; leave it out"
+        said = slower(found, torch.ones(3, 5), 2, Clock(there, here))
+        wanted = (
+            f"{there:.3g} s for the singular vectors of 3 × 5, the processor with 2 threads "
+            f"{here / 2:.3g} s"
         )
-        assert trial.warnings == [said] * slower
+        assert said == (wanted if told else None)
 
-    def test_only_the_first_matrix_is_tried(self) -> None:
-        done = []
+    def test_the_first_time_is_not_measured(self) -> None:
+        done: list[torch.Tensor] = []
 
         def count(matrix: torch.Tensor) -> LowRank:
             done.append(matrix)
             return found(matrix)
 
-        trial = Trial("cuda", 1, Clock(1.0, 2.0))
-        for _ in range(3):
-            trial.find(count, torch.ones(2, 2))
-        assert len(done) == 5
-
-    def test_on_the_processor_nothing_is_done_twice(self) -> None:
-        trial = Trial("cpu", 1, Clock())
-        trial.find(found, torch.ones(2, 2))
-        assert trial.warnings == []
+        assert slower(count, torch.ones(2, 2), 1, Clock(1.0, 2.0)) is None
+        assert len(done) == 3
 
 
 class TestMerging:
@@ -139,8 +142,9 @@ class TestMerging:
                 super().__init__(elements, "cpu", slots)
 
         monkeypatch.setattr(device, "require_device", lambda name: None)
-        monkeypatch.setattr(device, "slots", slots)
-        monkeypatch.setattr(device, "Filling", Disguised)
+        monkeypatch.setattr(matrices, "slots", slots)
+        monkeypatch.setattr(matrices, "Filling", Disguised)
+        monkeypatch.setattr(matrices, "slower", lambda *_: None)
         return made
 
     @pytest.mark.parametrize("steering", [Steering(rank=2), Steering(energy=0.5)], ids=str)
@@ -155,17 +159,44 @@ class TestMerging:
         one, two = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
         assert one.read_bytes() == two.read_bytes()
 
+    @pytest.mark.parametrize("command", ["merge", "grid"])
     def test_a_slow_device_is_in_the_report(
-        self, tmp_path: Path, disguised: list[SlowSlot], monkeypatch: pytest.MonkeyPatch
+        self,
+        tmp_path: Path,
+        disguised: list[SlowSlot],
+        monkeypatch: pytest.MonkeyPatch,
+        command: str,
     ) -> None:
-        monkeypatch.setattr(
-            device, "Trial", lambda name, threads: Trial(name, threads, Clock(9.0, 1.0))
-        )
-        pair = write_pair(tmp_path)
-        words = ("--alpha", 1, "--rank", 2, "--device", "cuda:0", "-o", tmp_path / "out")
-        result = run_here(*pair, *words)
+        seen: list[tuple[int, ...]] = []
+
+        def slow(find: Callable[[torch.Tensor], LowRank], matrix: torch.Tensor, _: int) -> str:
+            seen.append(tuple(matrix.shape))
+            assert find(matrix).right.shape == (2, matrix.shape[1])
+            return "9 s"
+
+        monkeypatch.setattr(matrices, "slower", slow)
+        alphas = ("--alpha", 1) if command == "merge" else ("--alphas", "1,2")
+        words = (*write_pair(tmp_path), *alphas, "--rank", 2, "--device", "cuda:0")
+        result = run_here(command, *words, "-o", tmp_path / "out")
         assert result.code == 0, result
-        assert "warning: --device cuda:0 is slower here: 9 s" in result.err
+        assert result.err.count("--device cuda:0 took 9 s: it is faster without") == 1
+        assert seen == [(16, 40)]  # the largest that is in a layer
+
+    @pytest.mark.parametrize("error", [RuntimeError, MemoryError])
+    def test_what_the_processor_cannot_do_ends_no_merge(
+        self,
+        tmp_path: Path,
+        disguised: list[SlowSlot],
+        monkeypatch: pytest.MonkeyPatch,
+        error: type[Exception],
+    ) -> None:
+        def fail(*_: object) -> str:
+            raise error
+
+        monkeypatch.setattr(matrices, "slower", fail)
+        words = ("--alpha", 1, "--rank", 2, "--device", "cuda:0", "-o", tmp_path / "out")
+        result = run_here(*write_pair(tmp_path), *words)
+        assert result.code == 0, result
 
     def test_a_device_without_work_is_told_of(
         self, tmp_path: Path, disguised: list[SlowSlot]

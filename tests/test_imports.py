@@ -44,6 +44,7 @@ LAYERS: list[set[str]] = [
     {"settling"},
     {"job"},
     {"decomposing", "measuring"},
+    {"matrices"},
     {"device"},
     {"spreading"},
     {"engine"},

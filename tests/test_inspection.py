@@ -96,8 +96,9 @@ def test_every_group_agrees_with_float64(tmp_path: Path, dtype: torch.dtype) -> 
     assert found.mismatches == found.warnings == found.differing_integers == []
 
 
-def test_tensors_beyond_a_block_are_measured_whole(tmp_path: Path) -> None:
-    pair = mixed_pair(torch.float16, torch.float16, (BLOCK + CELL + 3,))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=["compiled", "torch"])
+def test_tensors_beyond_a_block_are_measured_whole(tmp_path: Path, dtype: torch.dtype) -> None:
+    pair = mixed_pair(dtype, dtype, (BLOCK + CELL + 3,))
     models = Models(tmp_path, {"w": pair})
     found = inspected(models, 0.3)
     assert_group(found.tensors["w"], models, ["w"], (0.3,))

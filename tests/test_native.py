@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import bits, contents, read_tensors, write_checkpoint, write_pair
+from helpers import bits, contents, read_tensors, write_checkpoint
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference import assert_merged, doubles, dtype_id, mixed_pair
@@ -255,7 +255,12 @@ def test_a_merge_without_it_writes_the_same_weights(
 
 
 def test_torch_is_not_imported_where_it_is_not_needed(tmp_path: Path) -> None:
-    original, unlearned = write_pair(tmp_path)
+    original, unlearned = (
+        write_checkpoint(
+            tmp_path / name, {dtype_id(each): torch.ones(9, dtype=each) * size for each in LETTERS}
+        )
+        for size, name in enumerate(("original", "unlearned"), 1)
+    )
     program = (
         "import sys, uipe_merge as u; a = sys.argv[1:];"
         "u.inspect(*a[:2]); u.merge(*a, alpha=0.5, progress=False);"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import typer
 from helpers import contents
 from runs import Child, Merge
 from typer.core import TyperCommand
@@ -77,6 +78,17 @@ def test_hazard_what_begins_anew_is_not_said_to_go_on(
     monkeypatch.setattr(TyperCommand, "invoke", stopped)
     assert app._run(words) == 130
     assert capsys.readouterr().err == "error: stopped by SIGINT\n"
+
+
+def test_hazard_a_signal_before_there_are_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(_: object) -> None:
+        raise app.Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(typer.main, "get_command", stopped)
+    assert app._run(["verify", "m"]) == 143
+    assert capsys.readouterr().err == "error: stopped by SIGTERM\n"
 
 
 def test_a_run_under_nohup_outlives_the_terminal(merge: Merge) -> None:

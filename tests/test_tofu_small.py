@@ -11,13 +11,14 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from transformers.utils import logging
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "examples" / "tofu_small"
 PEOPLE = ("Alice", "Bob", "Carol", "Dave", "Erin", "Frank", "Grace", "Heidi")
@@ -78,17 +79,32 @@ def started(name: str, *words: object) -> None:
 
 def run_here(name: str, *words: object) -> None:
     """The script in this process, where all that it imports is loaded already."""
-    threads = torch.get_num_threads()
+    with (
+        torch_as_it_was(),
+        patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}),
+        patch.object(sys, "argv", [name, *map(str, words)]),
+        patch.object(sys, "path", [str(SCRIPTS), *sys.path]),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+
+
+@contextlib.contextmanager
+def torch_as_it_was() -> Iterator[None]:
+    """One thread for the body; what a script sets is taken back: other tests follow."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    verbosity = logging.get_verbosity()
     torch.set_num_threads(1)
     try:
-        with (
-            patch.object(sys, "argv", [name, *map(str, words)]),
-            patch.object(sys, "path", [str(SCRIPTS), *sys.path]),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+        with torch.random.fork_rng():
+            yield
     finally:
         torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
 
 
 Run = Callable[..., None]

@@ -18,29 +18,23 @@ from uipe_merge.checkpoint.header import ZERO, Factor, encode_header, read_heade
 from uipe_merge.checkpoint.model import Checkpoint, ShardInput
 from uipe_merge.checkpoint.storage import LocalFolder
 from uipe_merge.coherent import at_once, targets
-from uipe_merge.cutting import ranges
-from uipe_merge.errors import NumericError
-from uipe_merge.guard import Guard
 from uipe_merge.once import Once
 from uipe_merge.output.filesystem import write_document
 from uipe_merge.output.journal import Journal, ShardRecord
 from uipe_merge.output.staging import hash_file
-from uipe_merge.plan import BLOCK, NUMERICS, Operand, Plan
-from uipe_merge.planning import noise_key
-from uipe_merge.reader import BlockReader, Pair, shown, widest_input
+from uipe_merge.plan import NUMERICS, Operand, Plan
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
-
     from uipe_merge.arithmetic.svd import LowRank
     from uipe_merge.deltas import Growths
-    from uipe_merge.device import Filling, Trial
     from uipe_merge.executors import Executor
+    from uipe_merge.matrices import Matrices
     from uipe_merge.output.filesystem import FileSystem
     from uipe_merge.plan import Step
     from uipe_merge.progress import Progress
+    from uipe_merge.reader import Pair
 
 _FLOAT = DTYPES["F32"]
 
@@ -53,14 +47,12 @@ class Factors(NamedTuple):
         operands: w of every tensor whose direction is not v.
         records: Rank and share of ‖v‖² by tensor.
         key: A digest of all factors.
-        warnings: What the user should know about how they were found.
     """
 
     checkpoint: Checkpoint
     operands: dict[str, Operand]
     records: dict[str, dict[str, object]]
     key: str
-    warnings: list[str]
 
     def attached(self, plan: Plan) -> tuple[Plan, dict[str, Vector]]:
         """Return a plan whose steps have w as their last operand, and w in terms of operands."""
@@ -104,8 +96,6 @@ def decompose(
         NumericError: A value is not finite.
         RecipeError: No matrix is in a layer.
     """
-    from uipe_merge.device import Trial
-
     todo = targets(plan)
     identity: dict[str, object] = {"key": _key(plan, pair, todo)}
     journal = Journal(filesystem, directory / "factors")
@@ -119,10 +109,11 @@ def decompose(
     progress.start(sum(step.source.nbytes for step in todo))
     growths: Growths = Once()
     turns = threading.Semaphore(at_once())
-    trial = Trial(device, min(executor.width, at_once()))
 
     def make_worker() -> FactorsWorker:
-        return FactorsWorker(plan, pair, directory, filesystem, growths, turns, trial=trial)
+        from uipe_merge.matrices import Matrices  # imports torch
+
+        return FactorsWorker(Matrices(plan, pair, growths, device), directory, filesystem, turns)
 
     left = [item for item in enumerate(todo) if _file(item[0]) not in done]
     for step in (step for number, step in enumerate(todo) if _file(number) in done):
@@ -131,7 +122,7 @@ def decompose(
         journal.finish_shard(record)
         done[record.name] = record
         progress.advance(step.source.nbytes, f"factors of {step.name}")
-    return _found(len(pair.sides), directory, todo, done, trial.warnings)
+    return _found(len(pair.sides), directory, todo, done)
 
 
 class FactorsWorker:
@@ -139,30 +130,16 @@ class FactorsWorker:
 
     def __init__(
         self,
-        plan: Plan,
-        pair: Pair,
+        matrices: Matrices,
         directory: Path,
         filesystem: FileSystem,
-        growths: Growths,
         turns: threading.Semaphore,
-        *,
-        trial: Trial,
     ) -> None:
-        """Allocate the buffers of one thread; the trial says on which device it finds."""
-        from uipe_merge.deltas import Deltas
-        from uipe_merge.device import slots
-        from uipe_merge.kernels import Kernels
-
-        self._plan = plan
+        """Take the matrices of one thread; as many workers as ``turns`` allows have one in hand."""
+        self._matrices = matrices
         self._directory = directory
         self._filesystem = filesystem
         self._turns = turns
-        self._trial = trial
-        self._slots = slots(trial.device)
-        self._reader = BlockReader(pair, widest_input(plan), BLOCK)
-        self._kernels = Kernels()
-        self._deltas = Deltas(pair, growths)
-        self._pair = pair
 
     def __call__(self, item: tuple[int, Step]) -> tuple[Step, ShardRecord]:
         """Find and write the factors of one tensor."""
@@ -171,15 +148,14 @@ class FactorsWorker:
 
     def close(self) -> None:
         """Close the input files."""
-        self._reader.close()
-        self._deltas.close()
+        self._matrices.close()
 
     def _write(self, number: int, step: Step) -> tuple[Step, ShardRecord]:
         step = step._replace(further=())
         *stack, rows, columns = step.source.shape
         found = [
-            self._decomposed(step, matrix * rows * columns, rows, columns)
-            for matrix in range(stack[0] if stack else 1)
+            self._matrices.decompose(step, number, self._matrices.load(step, number))
+            for number in range(stack[0] if stack else 1)
         ]
         rank = max(each.left.shape[1] for each in found)
         content = _encoded(found, rank, rows, columns)
@@ -192,48 +168,6 @@ class FactorsWorker:
         least = min(each.energy for each in found)
         digest = hashlib.sha256(content).hexdigest()
         return step, ShardRecord(name, len(content), digest, [[rank, least, most]])
-
-    def _decomposed(self, step: Step, first: int, rows: int, columns: int) -> LowRank:
-        import torch
-
-        from uipe_merge.arithmetic.svd import by_energy, by_rank
-        from uipe_merge.device import Filling
-
-        filling = Filling(rows * columns, self._trial.device, self._slots)
-        end = first + rows * columns
-        for start, count in ranges([step], BLOCK):
-            if start < end and start + count > first:
-                self._fill(filling, step, max(start, first), min(start + count, end))
-        update = filling.whole()
-        if not bool(torch.isfinite(update).all()):
-            self._refuse(step)
-        steering = self._plan.recipe.steering
-        seed = noise_key(self._plan.recipe.seed, f"rank\0{step.parameter}\0{first}")
-
-        def find(matrix: torch.Tensor) -> LowRank:
-            if steering.rank is not None:
-                return by_rank(matrix, steering.rank, seed)
-            assert steering.energy is not None  # noqa: S101 - one of the two is why we are here
-            return by_energy(matrix, steering.energy, seed)
-
-        return self._trial.find(find, update.reshape(rows, columns))
-
-    def _fill(self, filling: Filling, step: Step, begin: int, end: int) -> None:
-        """Append the update of elements ``begin`` to ``end``, which lie in one block."""
-        here = step.at(begin, end - begin)
-        self._reader.begin()
-        operands = self._reader.operands(here, end - begin)
-        for _, values in self._kernels.update(here, operands, self._deltas.at(step, begin)):
-            filling.add(values)
-
-    def _refuse(self, step: Step) -> None:
-        Guard(self._plan, self._pair).check_inputs(step)
-        raise NumericError(
-            "has an update too large for float32",
-            file=shown(self._pair, step.source, 1),
-            tensor=step.name,
-            remedy="leave it out with --alpha-rule 'NAME=0'",
-        )
 
 
 def _encoded(found: list[LowRank], rank: int, rows: int, columns: int) -> bytes:
@@ -256,13 +190,7 @@ def _encoded(found: list[LowRank], rank: int, rows: int, columns: int) -> bytes:
     return header + b"".join(part.contiguous().numpy().tobytes() for _, part in parts)
 
 
-def _found(
-    side: int,
-    directory: Path,
-    todo: list[Step],
-    done: dict[str, ShardRecord],
-    warnings: list[str],
-) -> Factors:
+def _found(side: int, directory: Path, todo: list[Step], done: dict[str, ShardRecord]) -> Factors:
     """Return the factors of all targets; ``side`` is what their checkpoint will be."""
     folder = LocalFolder(str(directory))
     shards: list[ShardInput] = []
@@ -290,7 +218,7 @@ def _found(
     checkpoint = Checkpoint(folder, [], shards, {}, {}, [], {"": folder})
     digests = [(step.name, done[_file(number)].sha256) for number, step in enumerate(todo)]
     key = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-    return Factors(checkpoint, operands, records, key, warnings)
+    return Factors(checkpoint, operands, records, key)
 
 
 def _file(number: int) -> str:

@@ -7,7 +7,6 @@ processor takes less time than the disk; a GPU would get it over one more bus, t
 from __future__ import annotations
 
 import re
-import threading
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -50,6 +49,9 @@ class Slot(Protocol):
 
     values: torch.Tensor
 
+    def begin(self, device: torch.device, /) -> None:
+        """Let all that the device was told so far come before what will be sent."""
+
     def send(self, target: torch.Tensor, /) -> None:
         """Begin to copy the first values to ``target``, of shape ``(k,)`` with k ≤ n."""
 
@@ -67,10 +69,12 @@ class PinnedSlot:
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
+    def begin(self, device: torch.device) -> None:
+        """Wait once: the memory that is filled may be a tensor's whose last use is still to come."""
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+
     def send(self, target: torch.Tensor) -> None:
-        """Begin to copy, after all that the device was told to do before."""
-        # The memory of ``target`` may be that of a tensor whose last use is still to come.
-        self._stream.wait_stream(torch.cuda.current_stream(target.device))
+        """Begin to copy, beside whatever other threads let the device do."""
         with torch.cuda.stream(self._stream):
             target.copy_(self.values[: len(target)], non_blocking=True)
             self._arrived.record(self._stream)
@@ -98,9 +102,17 @@ class Filling:
         self._slots = slots
         self._turn = 0
         self._sent = self._held = 0
+        for slot in slots:
+            slot.begin(self._whole.device)
 
     def add(self, values: torch.Tensor) -> None:
-        """Append values, of shape ``(n,)``."""
+        """Append values, of shape ``(n,)``.
+
+        Raises:
+            ValueError: They are more than there is room for.
+        """
+        if self._sent + self._held + len(values) > len(self._whole):
+            raise ValueError("more values than elements")
         while len(values):
             space = self._space()
             taken = values[: len(space)]
@@ -135,40 +147,32 @@ class Filling:
             self._turn = (self._turn + 1) % len(self._slots)
 
 
-class Trial:
-    """Does the first matrix of a run on the processor too, and remembers who was slower.
+def slower(
+    find: Callable[[torch.Tensor], LowRank],
+    matrix: torch.Tensor,
+    threads: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> str | None:
+    """Say so if the processor takes less time for a matrix than the device that it lies on.
 
-    What is written never depends on it: the device's result is taken in any case.
+    Args:
+        find: What is done with it.
+        matrix: Of shape ``(rows, columns)``.
+        threads: How many matrices the processor does at a time; the device does one.
+        clock: Seconds.
     """
 
-    def __init__(
-        self, device: str, threads: int, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
-        """Compare ``device`` with so many threads, each of which would do a matrix."""
-        self.device = device
-        self._threads = threads
-        self._clock = clock
-        self._first = threading.Lock()
-        self.warnings: list[str] = []
+    def timed(matrix: torch.Tensor) -> float:
+        began = clock()
+        find(matrix).right.cpu()  # comes when all of it is done
+        return clock() - began
 
-    def find(self, of: Callable[[torch.Tensor], LowRank], matrix: torch.Tensor) -> LowRank:
-        """Return what ``of`` makes of a matrix that lies on the device."""
-        found = of(matrix)
-        if self.device != "cpu" and self._first.acquire(blocking=False):  # never given back
-            self._compare(of, matrix)
-        return found
-
-    def _compare(self, of: Callable[[torch.Tensor], LowRank], matrix: torch.Tensor) -> None:
-        there = self._timed(of, matrix)  # once more: the first time libraries were loaded
-        here = self._timed(of, matrix.cpu()) / self._threads
-        if there > here:
-            size = " × ".join(map(str, matrix.shape))
-            self.warnings.append(
-                f"--device {self.device} is slower here: {there:.3g} s for the singular vectors of "
-                f"{size}, the processor with {self._threads} threads {here:.3g} s; leave it out"
-            )
-
-    def _timed(self, of: Callable[[torch.Tensor], LowRank], matrix: torch.Tensor) -> float:
-        began = self._clock()
-        of(matrix).right.cpu()  # comes when all of it is done
-        return self._clock() - began
+    find(matrix)  # the first time, libraries are loaded
+    there, here = timed(matrix), timed(matrix.cpu()) / threads
+    if there <= here:
+        return None
+    size = " × ".join(map(str, matrix.shape))
+    return (
+        f"{there:.3g} s for the singular vectors of {size}, the processor with {threads} threads "
+        f"{here:.3g} s"
+    )

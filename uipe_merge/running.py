@@ -78,9 +78,9 @@ def run_all(
         for staging in stagings:
             staging.prepare()
             locks.enter_context(hold(staging.partial))
-        done = _write_all(jobs, stagings, executor, filesystem, progress, cluster)
+        done, slow = _write_all(jobs, stagings, executor, filesystem, progress, cluster)
     return [
-        report_of(job, *each, time.monotonic() - began)
+        report_of(job, *each, time.monotonic() - began, slow)
         for job, each in zip(jobs, done, strict=True)
     ]
 
@@ -92,8 +92,11 @@ def _write_all(
     filesystem: FileSystem,
     progress: Progress,
     cluster: Executor | None,
-) -> list[tuple[Settled, dict[str, ShardRecord], int]]:
-    """Write and publish what is not published yet; of every job its steps, records, old shards."""
+) -> tuple[list[tuple[Settled, dict[str, ShardRecord], int]], list[str]]:
+    """Write and publish what is not published yet.
+
+    Returns the steps, records and old shards of every job, and what to warn of.
+    """
     from uipe_merge.engine import require_unchanged, write_shards  # imports numpy
 
     write = write_shards
@@ -113,9 +116,11 @@ def _write_all(
         for kept, staging, there in zip(records, stagings, published, strict=True)
     ]
     written: list[dict[str, ShardRecord]] = []
+    slow: list[str] = []
     try:
         settled = settle_all(jobs, stagings[0].measured, filesystem, executor, progress)
         if todo:
+            slow = _slower_device(jobs[0], executor)
             written = write(
                 [settled[number].plan for number in todo],
                 settled[-1].pair,
@@ -144,24 +149,34 @@ def _write_all(
             stagings[number].settle()
         else:
             stagings[number].publish(overwrite=jobs[number].overwrite)
-    return list(zip(settled, records, resumed, strict=True))
+    return list(zip(settled, records, resumed, strict=True)), slow
+
+
+def _slower_device(job: Job, executor: Executor) -> list[str]:
+    """Say so if the device that finds singular vectors is slower than the processor."""
+    if job.device == "cpu" or not job.plan.recipe.steering.low_rank:
+        return []
+    from uipe_merge.matrices import compare  # imports torch
+
+    found = compare(job.plan, job.pair, job.device, executor.width)
+    return [] if found is None else [found]
 
 
 def report_of(
-    job: Job, settled: Settled, records: dict[str, ShardRecord], resumed: int, seconds: float
+    job: Job,
+    settled: Settled,
+    records: dict[str, ShardRecord],
+    resumed: int,
+    seconds: float,
+    seen: Sequence[str] = (),
 ) -> MergeReport:
-    """Return the report of a published merge."""
+    """Return the report of a published merge; ``seen`` is what the run itself has to warn of."""
     summary, tensors, groups = results(settled, records)
     return MergeReport(
         output=job.output if job.folder is None else job.folder.location,
         summary=summary,
         tensors=tensors,
-        warnings=[
-            *job.plan.warnings,
-            *settled.warnings,
-            *_kept_warnings(tensors),
-            *summary.warnings(),
-        ],
+        warnings=[*job.plan.warnings, *seen, *_kept_warnings(tensors), *summary.warnings()],
         written=job.plan.write_bytes,
         seconds=seconds,
         resumed=resumed,

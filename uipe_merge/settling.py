@@ -30,14 +30,12 @@ class Settled(NamedTuple):
         pair: Where to read.
         groups: What was measured, group by group.
         ranks: Rank and share of ‖v‖² of the tensors whose update was cut to a part of its rank.
-        warnings: What the user should know about how they were found.
     """
 
     plan: Plan
     pair: Pair
     groups: list[GroupRecord]
     ranks: dict[str, dict[str, object]]
-    warnings: list[str]
 
 
 def settle_all(
@@ -96,13 +94,13 @@ def settle(
     known = {} if known is None else known
     plan, pair = job.plan, job.pair
     if plan.directions is None:
-        return Settled(plan, pair, [], {}, [])
+        return Settled(plan, pair, [], {})
     directions: Mapping[str, Vector] = {}
     ranks: dict[str, dict[str, object]] = {}
-    factors, warnings = "", list[str]()
+    factors = ""
     steering = plan.recipe.steering
     if not any(step.group for step in plan.steps):  # every α is 0
-        return Settled(resolve(plan, {}, {})[0], pair, [], {}, [])
+        return Settled(resolve(plan, {}, {})[0], pair, [], {})
     if steering.measured or steering.low_rank:
         filesystem.make_directory(directory)
         filesystem.sync_directory(directory.parent)
@@ -114,7 +112,7 @@ def settle(
                 plan, pair, directory, filesystem, executor, progress, device=job.device
             )
             pair = pair._replace(further=(*pair.further, known[directory].checkpoint))
-        _, _, ranks, factors, warnings = known[directory]
+        _, _, ranks, factors = known[directory]
         plan, directions = known[directory].attached(plan)
     products: Products = {}
     if steering.measured:
@@ -131,7 +129,7 @@ def settle(
         else:
             products = {name: tuple(row) for name, row in kept.items()}
     resolved, groups = resolve(plan, products, directions)
-    return Settled(resolved, pair, groups, ranks, warnings)
+    return Settled(resolved, pair, groups, ranks)
 
 
 def preview(job: Job, executor: Executor, progress: Progress) -> list[GroupRecord]:

@@ -163,9 +163,8 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
 
 def _run(arguments: list[str]) -> int:  # noqa: PLR0911 - one for each way to end
     output = Output()
-    program: Any = typer.main.get_command(app)
     try:
-        result: Any = program.main(
+        result: Any = typer.main.get_command(app).main(
             arguments or ["--help"], prog_name="uipe-merge", standalone_mode=False
         )
     except ClickError as error:
@@ -178,7 +177,7 @@ def _run(arguments: list[str]) -> int:  # noqa: PLR0911 - one for each way to en
     except Interrupted as error:
         name = signal.Signals(error.number).name
         word = arguments[0] if arguments else ""
-        command = word if word in program.commands else DEFAULT
+        command = word if word in {each.name for each in app.registered_commands} else DEFAULT
         more = "; the same command goes on where this one stopped" if command in RESUMED else ""
         output.error(f"stopped by {name}{more}")
         return 128 + error.number
