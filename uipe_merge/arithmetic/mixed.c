@@ -391,7 +391,7 @@ PyObject *mix(PyObject *module, PyObject *arguments)
     else if (type < 0 || cell < 1)
         refused("a type is 'B', 'H' or 'F', and a cell has an element");
     else if (rule.by_chance && type == F16)
-        refused("float16 is not rounded by chance here");
+        refused("by chance only bfloat16 is rounded");
     else if (operands.count < 2)
         refused("there are two operands at least, the original and the unlearned");
     else if ((size_t)out.len != operands.elements * size_of(type))
