@@ -61,7 +61,7 @@ typedef SingleBits NoiseChunk[CHUNK * sizeof(uint32_t) / VECTOR_BYTES];
 #define INFINITE 0x7f800000u
 
 /* To nearest, ties to even: by carrying, and below the normal numbers, where all are multiples of
- * 2⁻²⁴, by adding 1/2, from where on float32 has no others. */
+ * 2⁻²⁴, by adding 1/2: between 1/2 and 1 float32 has no other numbers. */
 #define F16_CARRIED(size) (((size) + 0xfff + (((size) >> 13) & 1)) & 0xffffe000u)
 #define F16_SMALL(size) ((SingleBits)(((Singles)(size) + 0.5f) - 0.5f))
 #define PICK(mask, one, other) (((one) & (SingleBits)(mask)) | ((other) & ~(SingleBits)(mask)))
