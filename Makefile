@@ -45,13 +45,19 @@ $(VENV_OK):
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+# An editable installation is not compiled to bytecode, as one that is copied is: where Python may not
+# write any, every start would compile the package again.
+COMPILE := $(BIN)/python -m compileall -q uipe_merge
+
 $(RUN_OK): $(VENV_OK) $(BUILT_FROM)
 	@$(PIP) -c constraints.txt -e .
+	@$(COMPILE)
 	@touch $@
 
 # Includes all of the above, hence both stamps.
 $(DEV_OK): $(VENV_OK) $(BUILT_FROM)
 	@$(PIP) -c constraints.txt -e '.[plot,study,lm-eval,mergekit,ray,docs,dev]'
+	@$(COMPILE)
 	@touch $(RUN_OK) $@
 
 # ---------------------------------------------------------------------- use

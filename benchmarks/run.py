@@ -7,6 +7,7 @@ Everything is made in .bench/ and removed again.
 from __future__ import annotations
 
 import argparse
+import compileall
 import shlex
 import shutil
 import sys
@@ -83,6 +84,8 @@ def measure(
     """
     chosen = [options.only] if options.only else list(CASES)
     busy = load()
+    # As an installation is that is copied; where Python may write none, every start would do it.
+    compileall.compile_dir(REPOSITORY / "uipe_merge", quiet=1)
     wanted = {"pair", "recipe"} & set(chosen) and not options.skip_mergekit
     mergekit = peer.install(work / "mergekit-env", say) if wanted else None
     findings = []
