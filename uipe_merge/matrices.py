@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from uipe_merge.arithmetic.svd import by_energy, by_rank
+from uipe_merge.arithmetic.svd import LowRank, by_energy, by_rank
 from uipe_merge.coherent import at_once, targets
 from uipe_merge.cutting import ranges
-from uipe_merge.deltas import Deltas
+from uipe_merge.deltas import Deltas, Growths
 from uipe_merge.device import Filling, slots, slower
 from uipe_merge.errors import NumericError
 from uipe_merge.guard import Guard
@@ -25,8 +25,6 @@ from uipe_merge.planning import noise_key
 from uipe_merge.reader import BlockReader, Pair, shown, widest_input
 
 if TYPE_CHECKING:
-    from uipe_merge.arithmetic.svd import LowRank
-    from uipe_merge.deltas import Growths
     from uipe_merge.plan import Plan, Step
 
 
